@@ -1,0 +1,287 @@
+"""A grid of settings × seeds → one tidy DataFrame. What the store has is not computed again.
+
+The unit of work is a job: a stack of seeds of one setting. A job computes with one thread, wherever it runs, so its
+result is the same to the bit whatever ``jobs`` is; joblib spreads jobs over the cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import platform
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from helpers import data, geometry, gradients, models
+from helpers.store import Store, key_of
+from helpers.training import NUMERICS, Schedule, Training, check_batch_size, check_lr
+
+DEFAULTS = {
+    "dataset": "mnist", "num_train": None, "subset_seed": 0, "model": "shen_mlp",
+    "batch_size": 64, "lr": 0.01, "optimizer": "sgd", "momentum": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0,
+    "epochs": 30,
+}  # fmt: skip
+
+# On a CPU, replicas of a network this small share a step's overhead; those of a larger one compete for the cache.
+_STACK_BELOW_PARAMETERS = 20_000
+_TRIALS_PER_JOB = 10
+
+
+def grid(base: Mapping[str, object] | None = None, **values: object) -> list[dict[str, object]]:
+    """Settings for each combination: a list is varied, anything else is set. ``base`` comes first."""
+    fixed = {**(base or {}), **{k: v for k, v in values.items() if not isinstance(v, list)}}
+    varied = {k: v for k, v in values.items() if isinstance(v, list)}
+    return [{**fixed, **dict(zip(varied, combination))} for combination in itertools.product(*varied.values())]
+
+
+def run(
+    settings: Sequence[Mapping[str, object]],
+    seeds: int | Iterable[int],
+    *,
+    snapshots: Iterable[int] = (),
+    branch_at: int | None = None,
+    jobs: int | None = None,
+    store: Store | None = None,
+) -> pd.DataFrame:
+    """Train every setting with every seed; the history of all, with a column per setting.
+
+    ``settings``: dicts over ``DEFAULTS`` (``grid`` makes them). ``snapshots``: epochs whose weights the store keeps for
+    ``measure``. ``branch_at``: runs that are equal up to this epoch train up to it once. ``jobs``: processes side by
+    side, by default one a core. Raises ValueError for settings that cannot be trained, before anything starts.
+    """
+    store, seeds = store or Store(), _seeds(seeds)
+    complete = [_checked(s) for s in settings]
+    snapshots = sorted(set(snapshots))
+    if branch_at is not None:
+        trunks = {_key(t, seeds[0], seeds): t for t in (_until(s, branch_at) for s in complete)}
+        _execute(_training_jobs(list(trunks.values()), seeds, [branch_at], None, store), jobs, store)
+    _execute(_training_jobs(complete, seeds, snapshots, branch_at, store), jobs, store)
+    frames = [
+        store.frame(_key(s, seed, seeds)).assign(**_columns(s), run=_key(s, seed, seeds))
+        for s in complete
+        for seed in seeds
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure(
+    protocol: str,
+    settings: Sequence[Mapping[str, object]],
+    seeds: int | Iterable[int],
+    *,
+    epochs: Sequence[int],
+    batch_sizes: Sequence[int],
+    trials: int,
+    jobs: int | None = None,
+    store: Store | None = None,
+    **options: object,
+) -> pd.DataFrame:
+    """Gradient norms of trained networks after each of ``epochs``, by ``protocol`` ``"walk"`` or ``"frozen"``.
+
+    Trains what the store lacks. ``options`` go to ``gradients.walk`` or ``gradients.frozen``. Columns: ``epoch``,
+    ``seed``, ``measured_batch_size``, ``trial``, the norms, and a column per training setting.
+    """
+    store, seeds = store or Store(), _seeds(seeds)
+    complete, epochs = [_checked(s) for s in settings], [int(e) for e in epochs]
+    late = [(e, s["epochs"]) for e in epochs for s in complete if not 0 <= e <= s["epochs"]]
+    if late:
+        raise ValueError(f"epoch {late[0][0]} is not within a training of {late[0][1]} epochs")
+    run(complete, seeds, snapshots=epochs, jobs=jobs, store=store)
+    todo, rows = [], []
+    for s, seed, epoch, start in itertools.product(complete, seeds, epochs, range(0, trials, _TRIALS_PER_JOB)):
+        chosen = {**options, "batch_sizes": list(batch_sizes), "trials": list(range(trials)[start:][:_TRIALS_PER_JOB])}
+        content = {"protocol": protocol, "of": _content(s, seed, seeds), "epoch": epoch, **chosen}
+        key = key_of(content)
+        rows.append((key, s, seed, epoch))
+        if not store.has(key):
+            arrays = store.arrays(_key(s, seed, seeds))
+            prefix = f"{epoch}/weights/"
+            weights = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+            label = f"{protocol} epoch={epoch} seed={seed}"
+            todo.append(_Job(_measure, (protocol, s, weights, seed, chosen), [content], label))
+    _execute(todo, jobs, store)
+    frames = [
+        store.frame(key)
+        .rename(columns={"batch_size": "measured_batch_size"})
+        .assign(**_columns(s), seed=seed, epoch=epoch, protocol=protocol)
+        for key, s, seed, epoch in rows
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+@dataclass
+class _Job:
+    """One function call whose results, one per content, go into the store."""
+
+    function: Callable[..., list[tuple[pd.DataFrame, dict[str, np.ndarray]]]]
+    arguments: tuple
+    contents: list[dict[str, object]]
+    label: str
+    cost: float = field(default=1.0)
+
+
+def _execute(todo: list[_Job], jobs: int | None, store: Store) -> None:
+    """Run jobs, the longest first, each result into the store as it comes."""
+    if not todo:
+        return
+    on_cpu = data.pick_device().type == "cpu"
+    workers = min(len(todo), jobs or (joblib.cpu_count() if on_cpu else 1))
+    todo = sorted(todo, key=lambda job: -job.cost)
+    about = {"torch": torch.__version__, "python": platform.python_version(), "device": str(data.pick_device())}
+    with (
+        tqdm(total=len(todo), unit="job", file=sys.stdout, mininterval=1.0, ncols=100) as bar,
+        joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1) if workers > 1
+        else joblib.parallel_config("sequential"),
+    ):  # fmt: skip
+        call = joblib.Parallel(return_as="generator_unordered")
+        for number, results in call(joblib.delayed(_one)(i, job) for i, job in enumerate(todo)):
+            for content, (frame, arrays) in zip(todo[number].contents, results):
+                store.put(content, frame, arrays, about)
+            bar.set_postfix_str(todo[number].label, refresh=False)
+            bar.update()
+
+
+def _one(number: int, job: _Job):
+    with _one_thread():
+        return number, job.function(*job.arguments)
+
+
+@contextlib.contextmanager
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _training_jobs(
+    settings: list[dict], seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, store: Store
+) -> list[_Job]:
+    todo = []
+    for s in settings:
+        wanted = {f"{e}/weights/head.weight" for e in snapshots}
+        missing = [seed for seed in seeds if not store.has(_key(s, seed, seeds), wanted)]
+        if missing and _stack_matters(s):
+            missing = list(seeds)
+        steps = sum(_dataset(s).num_train / _value(s["batch_size"], e) for e in range(s["epochs"]))
+        size = 1 if _dataset(s).device.type == "cpu" and not _stack_matters(s) else len(seeds)
+        for stack in (missing[i : i + size] for i in range(0, len(missing), size)):
+            trunk = None
+            if branch_at is not None and branch_at < s["epochs"]:
+                keys = [_key(_until(s, branch_at), seed, seeds) for seed in stack]
+                trunk = [(store.frame(key), store.arrays(key)) for key in keys]
+            label = " ".join(f"{k}={s[k]}" for k in ("model", "batch_size", "lr")) + f" seeds={list(stack)}"
+            contents = [_content(s, seed, seeds) for seed in stack]
+            todo.append(_Job(_train, (s, stack, snapshots, branch_at, trunk), contents, label, steps))
+    return todo
+
+
+def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, trunk: list | None):
+    training = Training(
+        _dataset(s),
+        seeds=seeds,
+        measures=geometry.distances,
+        **{k: s[k] for k in ("model", "batch_size", "lr", "optimizer", "momentum", "betas", "weight_decay")},
+    )
+    arrays: list[dict[str, np.ndarray]] = [{} for _ in seeds]
+    start = 0
+    if trunk is not None:
+        start, prefix = branch_at, f"{branch_at}/"
+        names = [name for name in trunk[0][1] if name.startswith(prefix)]
+        state = {n.removeprefix(prefix): torch.from_numpy(np.concatenate([a[n] for _, a in trunk])) for n in names}
+        training.resume(state, pd.concat([frame for frame, _ in trunk]))
+    for epoch in range(start, s["epochs"] + 1):
+        if epoch > start:
+            training.advance(epochs=1)
+        elif not trunk:
+            training.record()
+        if epoch in snapshots:
+            for name, value in training.state().items():
+                for replica, mine in enumerate(arrays):
+                    mine[f"{epoch}/{name}"] = value[replica : replica + 1].numpy()
+    history = training.history
+    return [(history[history["seed"] == seed], mine) for seed, mine in zip(seeds, arrays)]
+
+
+def _measure(protocol: str, s: dict, weights: dict[str, np.ndarray], seed: int, options: dict):
+    function = {"walk": gradients.walk, "frozen": gradients.frozen}[protocol]
+    dataset = _dataset(s)
+    tensors = {name: torch.from_numpy(value).to(dataset.device) for name, value in weights.items()}
+    return [(function(dataset, s["model"], tensors, seed=seed, **options), {})]
+
+
+def _dataset(s: Mapping) -> data.Dataset:
+    return data.load(s["dataset"], num_train=s["num_train"], subset_seed=s["subset_seed"])
+
+
+def _stack_matters(s: Mapping) -> bool:
+    """Whether seeds are trained as one stack on a CPU, where the last bits depend on the stack's size."""
+    dataset = _dataset(s)
+    model = models.build(s["model"], dataset.input_shape, dataset.num_classes, [0])
+    return dataset.device.type == "cpu" and model.num_parameters < _STACK_BELOW_PARAMETERS
+
+
+def _seeds(seeds: int | Iterable[int]) -> list[int]:
+    chosen = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds is {seeds!r}; expected a number of seeds, at least 1, or distinct seeds from 0 on")
+    return chosen
+
+
+def _checked(settings: Mapping[str, object]) -> dict[str, object]:
+    unknown = set(settings) - set(DEFAULTS)
+    if unknown:
+        raise ValueError(f"unknown setting {sorted(unknown)[0]!r}; choose from: {', '.join(DEFAULTS)}")
+    s = {**DEFAULTS, **settings}
+    s["dataset"], _ = data.resolve(s["dataset"])
+    if not isinstance(s["epochs"], int) or s["epochs"] < 1:
+        raise ValueError(f"epochs is {s['epochs']!r}; expected a whole number from 1 on")
+    for name, check in (("batch_size", lambda v: check_batch_size(v, _dataset(s).num_train)), ("lr", check_lr)):
+        for value in [v for _, v in s[name].points] if isinstance(s[name], Schedule) else [s[name]]:
+            check(value)
+    return s
+
+
+def _value(setting: object, epoch: float) -> float:
+    return setting(epoch) if isinstance(setting, Schedule) else setting
+
+
+def _until(s: Mapping, epoch: int) -> dict[str, object]:
+    cut = {k: s[k].until(epoch) if isinstance(s[k], Schedule) else s[k] for k in ("batch_size", "lr")}
+    cut["batch_size"] = int(cut["batch_size"]) if not isinstance(cut["batch_size"], Schedule) else cut["batch_size"]
+    return {**s, **cut, "epochs": min(epoch, s["epochs"])}
+
+
+def _plain(s: Mapping) -> dict[str, object]:
+    """Settings as JSON holds them; the same for 64 and 64.0."""
+    plain = {}
+    for k, v in s.items():
+        if isinstance(v, Schedule):
+            v = {"points": [[float(e), float(x)] for e, x in v.points], "linear": v.linear}
+        plain[k] = float(v) if isinstance(v, int) and not isinstance(v, bool) else v
+    return plain
+
+
+def _content(s: Mapping, seed: int, seeds: Sequence[int]) -> dict[str, object]:
+    """What a result depends on: settings, seed, data, the kind of device, and the version of the numerics."""
+    dataset = _dataset(s)
+    content = {**_plain(s), "seed": seed, "data": dataset.fingerprint, "device": dataset.device.type}
+    return {**content, "numerics": NUMERICS, **({"stack": list(seeds)} if _stack_matters(s) else {})}
+
+
+def _key(s: Mapping, seed: int, seeds: Sequence[int]) -> str:
+    return key_of(_content(s, seed, seeds))
+
+
+def _columns(s: Mapping) -> dict[str, object]:
+    """The settings as columns; a schedule, or a pair, as text."""
+    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in s.items() if k != "subset_seed"}

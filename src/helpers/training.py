@@ -1,0 +1,300 @@
+"""Training: the one engine. A sweep, a switch and a live slider all advance the same object.
+
+Paired randomness: initial weights depend on the seed, the order of an epoch on (seed, epoch), and a minibatch is the
+next ``batch_size`` entries of that order. So runs at two batch sizes see the same examples in the same order, equal
+``examples_seen`` compares, and a change of batch size mid-epoch neither skips nor repeats an example.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from helpers import data, models
+
+# Raise this when a change alters results: what the store holds under an older number is computed again.
+NUMERICS = 1
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+_EVALUATION_CHUNK = 2_000  # examples a forward pass: large enough for full speed, small enough for a CNN in memory
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A setting as a function of the epoch, as a value: ``points`` (epoch, value), in steps or joined by lines."""
+
+    points: tuple[tuple[float, float], ...]
+    linear: bool = False
+
+    def __call__(self, epoch: float) -> float:
+        before = [point for point in self.points if point[0] <= epoch]
+        (start, value), after = before[-1], self.points[len(before) :]
+        if not self.linear or not after:
+            return value
+        (end, target) = after[0]
+        return value + (target - value) * (epoch - start) / (end - start)
+
+    def __str__(self) -> str:
+        return ("~" if self.linear else "→").join(f"{value:g}@{epoch:g}" for epoch, value in self.points)
+
+    def until(self, epoch: float) -> Schedule | float:
+        """The part before ``epoch``; a plain number where it is constant there."""
+        points = tuple(point for point in self.points if point[0] < epoch)
+        return points[0][1] if len(points) == 1 else Schedule(points, self.linear)
+
+
+def schedule(points: Mapping[float, float], *, linear: bool = False) -> Schedule:
+    """``{0: 1024, 30: 64}`` → a schedule: from each epoch on, that value. Raises ValueError unless it begins at 0."""
+    ordered = tuple(sorted(points.items()))
+    if not ordered or ordered[0][0] != 0:
+        raise ValueError(f"a schedule begins at epoch 0; this one has {dict(points)}")
+    return Schedule(ordered, linear)
+
+
+def check_batch_size(value: object, num_train: int) -> int:
+    """``value`` as an int, or ValueError unless it is a whole number from 1 to the size of the training set."""
+    if not isinstance(value, numbers.Real) or value != value or int(value) != value or not 1 <= value <= num_train:
+        raise ValueError(f"batch_size is {value!r}; expected a whole number from 1 to {num_train} (the training set)")
+    return int(value)
+
+
+def check_lr(value: object) -> float:
+    """``value`` as a float, or ValueError unless it is finite and above 0."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"lr is {value!r}; expected a finite number above 0")
+    return float(value)
+
+
+class Training:
+    """A model on a dataset, one replica per seed, trained together; ``batch_size`` and ``lr`` may change at any time.
+
+    ``optimizer``: ``"sgd"`` (with ``momentum``), ``"adam"`` or ``"adamw"`` (with ``betas``). ``batch_size`` and ``lr``
+    are numbers or a ``Schedule`` over epochs. ``measures(model, initial_weights)`` adds columns to the history: a
+    mapping of name → ``(replicas,)``. Raises ValueError for settings that cannot be trained.
+    """
+
+    def __init__(
+        self,
+        dataset: data.Dataset,
+        model: str = "shen_mlp",
+        *,
+        seeds: Sequence[int] = (0,),
+        batch_size: int | Schedule = 64,
+        lr: float | Schedule = 0.01,
+        optimizer: str = "sgd",
+        momentum: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        measures: Callable[[models.Model, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None,
+    ):
+        if not seeds:
+            raise ValueError("no seeds; expected at least one, for example seeds=[0]")
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer!r}; choose one of: {', '.join(OPTIMIZERS)}")
+        if not 0 <= momentum < 1 or (momentum and optimizer != "sgd"):
+            raise ValueError(f"momentum is {momentum!r} with {optimizer}; expected 0 to below 1, and with sgd alone")
+        self.dataset, self.seeds = dataset, tuple(int(seed) for seed in seeds)
+        self.model = models.build(model, dataset.input_shape, dataset.num_classes, self.seeds, dataset.device)
+        self.initial_weights = self.weights()
+        self.steps = self.examples_seen = 0
+        self.seconds = 0.0
+        self._measures = measures
+        self._records: list[dict[str, object]] = []
+        self._losses: list[tuple[int, torch.Tensor]] = []
+        self._diverged_at = torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
+        self._order_epoch, self._order = -1, torch.empty(0)
+        self._optimizer = self._build_optimizer(optimizer, momentum, betas, weight_decay)
+        self.batch_size, self.lr = batch_size, lr
+
+    def _build_optimizer(self, name: str, momentum: float, betas: tuple[float, float], weight_decay: float):
+        # The fused kernels read and write each weight once a step; at small batches a step is bound by just that.
+        options = {"lr": 1.0, "weight_decay": weight_decay, "fused": self.dataset.device.type in ("cpu", "cuda")}
+        if name == "sgd":
+            return torch.optim.SGD(self.model.parameters(), momentum=momentum, **options)
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](
+            self.model.parameters(), betas=betas, **options
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Examples a step takes now; the last minibatch of an epoch may be shorter. Takes a number or a Schedule."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int | Schedule) -> None:
+        values = [v for _, v in value.points] if isinstance(value, Schedule) else [value]
+        checked = [check_batch_size(v, self.dataset.num_train) for v in values]
+        self._batch_schedule = value if isinstance(value, Schedule) else None
+        self._batch_size = checked[0] if self._batch_schedule is None else int(value(self.epoch))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step. Takes a number or a Schedule."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float | Schedule) -> None:
+        for v in [v for _, v in value.points] if isinstance(value, Schedule) else [value]:
+            check_lr(v)
+        self._lr_schedule = value if isinstance(value, Schedule) else None
+        self._set_lr(value(self.epoch) if isinstance(value, Schedule) else float(value))
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set so far, fractions included."""
+        return self.examples_seen / self.dataset.num_train
+
+    def next_indices(self) -> torch.Tensor:
+        """The examples of the next minibatch: int64 ``(replicas, batch)``, each replica in its own seed's order."""
+        epoch, cursor = divmod(self.examples_seen, self.dataset.num_train)
+        if epoch != self._order_epoch:
+            order = [data.epoch_order(self.dataset.num_train, seed, epoch) for seed in self.seeds]
+            self._order_epoch, self._order = epoch, torch.stack(order).to(self.dataset.device)
+        return self._order[:, cursor : cursor + self._batch_size]
+
+    def step(self) -> None:
+        """One update of every replica."""
+        if self._batch_schedule is not None:
+            self._batch_size = int(self._batch_schedule(self.epoch))
+        if self._lr_schedule is not None:
+            self._set_lr(self._lr_schedule(self.epoch))
+        started = time.perf_counter()
+        indices = self.next_indices()
+        flat = indices.reshape(-1)
+        inputs = self.dataset.train_inputs.index_select(0, flat).unflatten(0, indices.shape)
+        targets = self.dataset.train_targets.index_select(0, flat)
+        self._optimizer.zero_grad(set_to_none=True)
+        losses = F.cross_entropy(self.model(inputs).flatten(0, 1), targets, reduction="none")
+        losses = losses.view(indices.shape).mean(1)
+        losses.sum().backward()
+        self._optimizer.step()
+        self._losses.append((indices.shape[1], losses.detach()))
+        self.steps += 1
+        self.examples_seen += indices.shape[1]
+        self.seconds += time.perf_counter() - started
+
+    def advance(self, *, epochs: float | None = None, steps: int | None = None, record: bool = True) -> Training:
+        """Advance by epochs or by steps. ``record``: evaluate before the first step and at the end of each epoch."""
+        if (epochs is None) == (steps is None):
+            raise ValueError("advance() takes either epochs or steps")
+        if record and not self._records:
+            self.record()
+        end = math.inf if epochs is None else self.examples_seen + round(epochs * self.dataset.num_train)
+        last_step = math.inf if steps is None else self.steps + steps
+        while self.examples_seen < end and self.steps < last_step:
+            self.step()
+            if record and self.examples_seen % self.dataset.num_train == 0:
+                self.record()
+        return self
+
+    def record(self) -> None:
+        """Evaluate on the training and test set, and add a row per replica to the history."""
+        if self.dataset.device.type != "cpu":
+            started = time.perf_counter()
+            float(self._losses[-1][1][0]) if self._losses else None  # waits for the device
+            self.seconds += time.perf_counter() - started
+        train_loss, train_accuracy = self.evaluate(self.dataset.train_inputs, self.dataset.train_targets)
+        test_loss, test_accuracy = self.evaluate(self.dataset.test_inputs, self.dataset.test_targets)
+        running = self._running_loss()
+        self._diverged_at = torch.where(
+            self._diverged_at.isnan() & ~train_loss.isfinite(), float(self.steps), self._diverged_at
+        )
+        row = {
+            "steps": self.steps, "epochs": self.epoch, "examples_seen": self.examples_seen, "seconds": self.seconds,
+            "batch_size_now": self.batch_size, "lr_now": self.lr,
+            "minibatch_loss": running, "train_loss": train_loss, "train_accuracy": train_accuracy,
+            "test_loss": test_loss, "test_accuracy": test_accuracy,
+            "generalization_gap": train_accuracy - test_accuracy, "diverged_at": self._diverged_at.clone(),
+        }  # fmt: skip
+        if self._measures is not None:
+            with torch.no_grad():
+                measured = self._measures(self.model, self.initial_weights)
+            row |= {name: value.double().cpu() for name, value in measured.items()}
+        self._records.append(row)
+
+    def _running_loss(self) -> torch.Tensor:
+        """Minibatch losses since the last record, averaged by examples: ``(replicas,)``; also notes divergence."""
+        if not self._losses:
+            return torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
+        sizes = torch.tensor([size for size, _ in self._losses], dtype=torch.float64)
+        losses = torch.stack([loss for _, loss in self._losses]).double().cpu()
+        first_step = self.steps - len(self._losses) + 1
+        bad = ~losses.isfinite()
+        at = torch.where(bad.any(0), (first_step + bad.int().argmax(0)).double(), math.nan)
+        self._diverged_at = torch.where(self._diverged_at.isnan(), at, self._diverged_at)
+        self._losses.clear()
+        return (losses * sizes[:, None]).sum(0) / sizes.sum()
+
+    @torch.inference_mode()
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss and accuracy (0 to 1) of every replica over a set of examples: two float64 ``(replicas,)``."""
+        loss = torch.zeros(self.model.replicas, dtype=torch.float64)
+        correct = torch.zeros_like(loss)
+        for start in range(0, len(targets), _EVALUATION_CHUNK):
+            x, y = inputs[start : start + _EVALUATION_CHUNK], targets[start : start + _EVALUATION_CHUNK]
+            logits = self.model(x.expand(self.model.replicas, *x.shape))
+            y = y.expand(self.model.replicas, -1)
+            losses = F.cross_entropy(logits.flatten(0, 1), y.reshape(-1), reduction="none").view(y.shape)
+            loss += losses.sum(1).double().cpu()
+            correct += (logits.argmax(-1) == y).sum(1).double().cpu()
+        return loss / len(targets), correct / len(targets)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per record and replica: ``seed``, the axes (steps, epochs, examples_seen, seconds) and the measures.
+
+        Accuracies are 0 to 1. ``diverged_at`` is the first step whose loss was not finite, else NaN. ``seconds`` are of
+        training alone, of the whole stack (``replicas`` of them).
+        """
+        frames = []
+        for replica, seed in enumerate(self.seeds):
+            rows = [{k: v[replica].item() if torch.is_tensor(v) else v for k, v in r.items()} for r in self._records]
+            frames.append(pd.DataFrame(rows).assign(seed=seed, replicas=self.model.replicas))
+        return pd.concat(frames, ignore_index=True)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the weights by name, each with its replica axis."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Weights and optimizer state by name, on the CPU, each with its replica axis: what ``resume`` takes."""
+        state = {f"weights/{name}": p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            for key, value in self._optimizer.state[p].items():
+                if torch.is_tensor(value):
+                    value = value.detach().cpu().clone()
+                    state[f"optimizer/{name}/{key}"] = value.expand(self.model.replicas) if value.ndim == 0 else value
+        return state
+
+    def resume(self, state: Mapping[str, torch.Tensor], history: pd.DataFrame) -> None:
+        """Go on from a ``state`` and the ``history`` that led to it (as those two gave them, for the same seeds)."""
+        groups = [history[history["seed"] == seed].drop(columns=["seed", "replicas"]) for seed in self.seeds]
+        shared = ("steps", "epochs", "examples_seen", "seconds", "batch_size_now", "lr_now")
+        self._records = [
+            {k: groups[0][k].iloc[i] if k in shared else torch.tensor([float(g[k].iloc[i]) for g in groups],
+                                                                     dtype=torch.float64) for k in groups[0]}
+            for i in range(len(groups[0]))
+        ]  # fmt: skip
+        last = self._records[-1]
+        self.steps, self.examples_seen, self.seconds = int(last["steps"]), int(last["examples_seen"]), last["seconds"]
+        self._diverged_at = last["diverged_at"].clone()
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(state[f"weights/{name}"])
+                prefix = f"optimizer/{name}/"
+                for key in [k for k in state if k.startswith(prefix)]:
+                    value = state[key].to(p.device)
+                    self._optimizer.state[p][key.removeprefix(prefix)] = value if value.ndim > 1 else value[0].clone()
+        # A schedule is read at the epoch it goes on from.
+        self.batch_size, self.lr = self._batch_schedule or self.batch_size, self._lr_schedule or self.lr
