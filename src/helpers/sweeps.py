@@ -215,7 +215,7 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
 def _measure(protocol: str, s: dict, weights: dict[str, np.ndarray], seed: int, options: dict):
     function = {"walk": gradients.walk, "frozen": gradients.frozen}[protocol]
     dataset = _dataset(s)
-    tensors = {name: torch.from_numpy(value).to(dataset.device) for name, value in weights.items()}
+    tensors = {name: torch.tensor(value, device=dataset.device) for name, value in weights.items()}
     return [(function(dataset, s["model"], tensors, seed=seed, **options), {})]
 
 

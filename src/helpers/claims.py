@@ -1,0 +1,351 @@
+"""The ledger: each claim of the write-ups, the rule that judges it (fixed before its result was seen), and verdicts.
+
+Every part of a claim is one figure a seed. The rule is a range: *reproduced* when the 95 % interval of the mean over
+seeds lies inside it, *not reproduced* when it lies wholly outside, else *inconclusive*. A part that quotes a published
+figure is judged in the exact set-up alone; a claim is judged by its parts that count. Too few seeds, another dataset,
+or a set-up too small make it inconclusive, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
+MIN_SEEDS = 3
+
+# What the write-ups trained: a claim's figures compare with theirs only here.
+SETUPS = {
+    "shen": {
+        "dataset": "mnist",
+        "num_train": 60_000,
+        "epochs": 30,
+        "model": "shen_mlp",
+    },
+    "brownlee": {"dataset": "blobs", "epochs": 200, "model": "brownlee_mlp"},
+    "cnn": {"dataset": "mnist", "num_train": 60_000},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One figure a seed, the range that a true claim puts its mean in, and what was published of it.
+
+    ``known``: how the published figure is known (stated, read off a plot, inferred, checked by us). ``exact``: judged
+    in the exact set-up alone.
+    """
+
+    measured: str
+    low: float
+    high: float
+    published: str = ""
+    known: str = ""
+    exact: bool = False
+
+    @property
+    def rule(self) -> str:
+        if math.isinf(self.low):
+            return f"below {self.high:g}"
+        return f"above {self.low:g}" if math.isinf(self.high) else f"{self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a write-up, where it was made, the set-up it was made in, and the parts that settle it."""
+
+    statement: str
+    source: str
+    setup: str
+    parts: Mapping[str, Part]
+
+
+def _near(measured: str, published: float, margin: float, known: str) -> Part:
+    return Part(measured, published - margin, published + margin, f"{published:g}", known, exact=True)
+
+
+_ACCURACY, _POINTS = "test accuracy, %", "points of test accuracy"
+_MARGIN = 0.3  # points: a published figure is read off a plot to ±0.1, and one run's seed moves it by about as much
+
+CLAIMS: dict[str, Claim] = {
+    "blobs-flavours": Claim(
+        "Full batch is slow and quiet, batch 1 unstable until its rate is cut, batch 32 in between",
+        "Brownlee 2019", "brownlee",
+        {
+            "full batch": _near("final test accuracy", 0.830, 0.03, "stated"),
+            "batch 1, lr 0.001": _near("final test accuracy", 0.824, 0.03, "stated"),
+            "batch 32": _near("final test accuracy", 0.812, 0.03, "stated"),
+            "batch 1 below full batch": Part("difference of final test accuracy", 0.0, math.inf, "0.830 − 0.606", "stated"),
+            "batch 1 unstable": Part("std over the last half, ÷ full batch's", 3.0, math.inf, "unstable", "stated"),
+            "batch 1, lr 0.001: to 80 %": Part("epochs to 80 % test accuracy", -math.inf, 25, "25", "stated"),
+        },
+    ),
+    "blobs-tension": Claim(
+        "From batch 4 to 450 the curve gets steadier and slower",
+        "Brownlee 2019", "brownlee",
+        {
+            "noise falls": Part("rank correlation of epoch-to-epoch std with size", -math.inf, -0.7, "falls", "read off"),
+            "epochs rise": Part("rank correlation of epochs to 80 % with size", 0.7, math.inf, "rises", "read off"),
+        },
+    ),
+    "sweep-accuracy": Claim(
+        "A larger batch ends at lower test accuracy, at equal learning rate and epochs",
+        "Shen 2018", "shen",
+        {
+            "64 − 256": Part(_POINTS, 0.0, math.inf, "97.9 − 97.2", "read off"),
+            "256 − 1024": Part(_POINTS, 0.0, math.inf, "97.2 − 95.2", "read off"),
+            "64": _near(_ACCURACY, 97.9, _MARGIN, "read off"),
+            "256": _near(_ACCURACY, 97.2, _MARGIN, "read off"),
+            "1024": _near(_ACCURACY, 95.2, _MARGIN, "read off"),
+        },
+    ),
+    "sweep-gap": Claim(
+        "The generalisation gap (train − test accuracy) is smaller for larger batches",
+        "Shen 2018", "shen",
+        {
+            "64 − 1024": Part("points of gap", 0.0, math.inf, "2.0 − 0.3", "read off"),
+            "64": _near("gap, points", 2.0, _MARGIN, "read off"),
+            "256": _near("gap, points", 1.2, _MARGIN, "read off"),
+            "1024": _near("gap, points", 0.3, _MARGIN, "read off"),
+        },
+    ),
+    "lr-repairs": Claim(
+        "Batch 1024 recovers with the learning rate × 10",
+        "Shen 2018", "shen",
+        {
+            "gain of × 10": Part(_POINTS, 0.0, math.inf, "97.8 − 95.2", "read off"),
+            "64 − (1024 at × 10)": Part(_POINTS, -_MARGIN, _MARGIN, "97.9 − 97.8", "read off", exact=True),
+            "1024 at × 10": _near(_ACCURACY, 97.8, _MARGIN, "read off"),
+        },
+    ),
+    "equal-steps": Claim(
+        "At equal numbers of steps, instead of epochs, accuracy and distance travelled agree",
+        "Shen 2018; Hoffer 2017", "shen",
+        {
+            "1024 − 64 at equal steps": Part(_POINTS, -_MARGIN, _MARGIN, "0", "inferred"),
+            "distance 1024 ÷ 64 at equal steps": Part("ratio of distances", 0.9, 1.1, "1", "inferred"),
+        },
+    ),
+    "cnn-sweep": Claim(
+        "Six CNNs, batch 32 to 1024: accuracy falls with batch size at equal learning rate and epochs",
+        "third write-up", "cnn",
+        {"accuracy falls": Part("rank correlation of test accuracy with size", -math.inf, -0.8, "falls", "inferred")},
+    ),
+    "walk-norm-grows": Claim(
+        "The summed gradient grows with the batch size (early checkpoint, with steps inside a trial)",
+        "Shen 2018", "shen",
+        {
+            "64 ÷ 2": Part("ratio of mean norms", 1.0, math.inf, "0.25 ÷ 0.16", "checked"),
+            "1024 ÷ 64": Part("ratio of mean norms", 1.0, math.inf, "0.34 ÷ 0.25", "checked"),
+        },
+    ),
+    "frozen-norm-flat": Claim(
+        "At frozen weights the same sum does not depend on how it is split",
+        "an identity", "shen",
+        {"largest deviation": Part("relative, over all splits", -math.inf, 1e-5, "0.343 for every split", "checked")},
+    ),
+    "late-nonmonotone": Claim(
+        "At the late checkpoint the walk's norm first falls with batch size, then rises",
+        "Shen 2018", "shen",
+        {
+            "8 ÷ 1": Part("ratio of mean norms", -math.inf, 1.0, "below 1", "read off", exact=True),
+            "1024 ÷ 8": Part("ratio of mean norms", 1.0, math.inf, "above 1", "read off", exact=True),
+        },
+    ),
+    "norm-spread": Claim(
+        "The walk's norm spreads more, relative to its mean, for larger batches",
+        "Shen 2018", "shen",
+        {"1024 ÷ 2": Part("ratio of std/mean over trials", 1.0, math.inf, "above 1", "read off")},
+    ),
+    "early-larger": Claim(
+        "Gradients are larger early in training than late",
+        "Shen 2018", "shen",
+        {"early ÷ late at 1024": Part("ratio of mean norms", 1.0, math.inf, "above 1", "read off")},
+    ),
+    "tail-entries": Claim(
+        "Large gradient entries are far commoner at batch 1024 than at 2",
+        "Shen 2018", "shen",
+        {
+            "commoner": Part("log₁₀ ratio of P(|g| > 0.0082)", 0.0, math.inf, "above 0", "read off"),
+            "how far": Part("log₁₀ ratio of P(|g| > 0.0082)", 2.0, 3.0, "2 to 3", "read off", exact=True),
+        },
+    ),
+    "noise-half-power": Claim(
+        "At fixed weights the noise of a minibatch's gradient falls as B^−½",
+        "statistics", "shen",
+        {"slope": Part("log-log slope of noise against B", -0.52, -0.48, "−0.5", "stated")},
+    ),
+    "init-norm": Claim(
+        "Weights start at radius 44 and SGD leaves them near it",
+        "Shen 2018", "shen",
+        {
+            "at initialisation": Part("‖w₀‖", 43.85, 44.05, "44", "stated"),
+            "at the end": Part("‖w‖ (64, lr 0.01)", 43.0, 46.0, "44", "stated"),
+        },
+    ),
+    "sgd-sphere": Claim(
+        "SGD moves along the sphere it starts on",
+        "Shen 2018", "shen",
+        {"‖w‖ end ÷ start": Part("ratio, farthest from 1 over batch sizes", 0.95, 1.05, "1", "inferred")},
+    ),
+    "adam-leaves": Claim(
+        "Adam leaves the sphere; how far hangs on its learning rate",
+        "Shen 2018", "shen",
+        {
+            "lr 0.01: end ÷ start": Part("ratio of radii", 2.0, math.inf, "258 ÷ 44", "stated"),
+            "lr 0.001: end ÷ start": Part("ratio of radii", -math.inf, 2.0, "much smaller", "inferred"),
+            "lr 0.01: ‖w‖ at the end": _near("‖w‖ (64)", 258, 26, "stated"),
+            "accuracy, lr 0.001 − 0.01": Part(_POINTS, 0.0, math.inf, "above 0", "inferred"),
+        },
+    ),
+    "distance-epochs": Claim(
+        "At equal epochs a larger batch travels less; a learning rate × 10 makes up for it",
+        "Shen 2018", "shen",
+        {
+            "64 ÷ 1024": Part("ratio of distances", 1.0, math.inf, "above 1", "inferred"),
+            "(1024 at × 10) ÷ 1024": Part("ratio of distances", 1.0, math.inf, "above 1", "inferred"),
+            "(1024 at × 10) ÷ 64": Part("ratio of distances", 0.75, 1.33, "1", "inferred"),
+        },
+    ),
+    "distance-power": Claim(
+        "Distance grows like a power of time, not like its logarithm",
+        "Shen 2018; Hoffer 2017", "shen",
+        {"residuals, log ÷ power": Part("ratio of fit residuals (64, lr 0.01)", 1.0, math.inf, "above 1", "inferred")},
+    ),
+    "switch-recovers": Claim(
+        "A large-batch run is not stuck: a switch to batch 64, or to lr × 10, recovers; going on does not",
+        "Shen 2018", "shen",
+        {
+            "to batch 64, gain over control": Part(_POINTS, 0.0, math.inf, "98.0 − 96.3", "read off"),
+            "to lr × 10, gain over control": Part(_POINTS, 0.0, math.inf, "97.9 − 96.3", "read off"),
+            "to batch 64": _near(_ACCURACY, 98.0, _MARGIN, "read off"),
+            "to lr × 10": _near(_ACCURACY, 97.9, _MARGIN, "read off"),
+            "control": _near(_ACCURACY, 96.3, _MARGIN, "read off"),
+        },
+    ),
+    "early-switch": Claim(
+        "Switching after 2 epochs ends where switching after 30 does",
+        "Shen 2018", "shen",
+        {
+            "early − late": Part(_POINTS, -_MARGIN, _MARGIN, "98.1 − 98.0", "read off"),
+            "early": _near(_ACCURACY, 98.1, _MARGIN, "read off"),
+        },
+    ),
+}  # fmt: skip
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and its Student-t interval over seeds: (mean, low, high); the bounds are NaN for fewer than two seeds."""
+    x = np.asarray(values, dtype=float)
+    mean = float(x.mean()) if len(x) else math.nan
+    if len(x) < 2 or not np.isfinite(x).all():
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return mean, mean - half, mean + half
+
+
+class Ledger:
+    """The verdicts of one notebook. ``used``: the settings it trained with, to compare with the claims' set-ups."""
+
+    def __init__(self, notebook: str, dataset: str, **used: object):
+        self.notebook, self.used, self.rows = notebook, {"dataset": dataset, **used}, []
+
+    def judge(self, claim_id: str, measured: Mapping[str, Sequence[float]]) -> None:
+        """Judge a claim by its parts: ``measured[part]`` holds one figure a seed. KeyError unless the parts match."""
+        claim = CLAIMS[claim_id]
+        if set(measured) != set(claim.parts):
+            raise KeyError(f"{claim_id} is judged by {sorted(claim.parts)}; got {sorted(measured)}")
+        for name, part in claim.parts.items():
+            values = np.asarray(measured[name], dtype=float)
+            mean, low, high = interval(values)
+            verdict, why = self._verdict(claim, part, values, low, high)
+            self.rows.append({
+                "claim": claim_id, "statement": claim.statement, "source": claim.source, "notebook": self.notebook,
+                "part": name, "measured": part.measured, "published": part.published, "known": part.known,
+                "ours": mean, "low": low, "high": high, "n": len(values),
+                "rule": part.rule, "verdict": verdict, "why": why,
+                "counts": not part.exact or not self._differs(claim),
+            })  # fmt: skip
+
+    def _differs(self, claim: Claim) -> str:
+        wanted = SETUPS[claim.setup]
+        return ", ".join(
+            f"{name} {self.used[name]} instead of {value}"
+            for name, value in wanted.items()
+            if name in self.used and self.used[name] != value
+        )
+
+    def _verdict(self, claim: Claim, part: Part, values: np.ndarray, low: float, high: float) -> tuple[str, str]:
+        wanted = SETUPS[claim.setup]["dataset"]
+        if self.used["dataset"] != wanted:
+            return INCONCLUSIVE, f"another dataset: {self.used['dataset']} instead of {wanted}"
+        if part.exact and self._differs(claim):
+            return INCONCLUSIVE, f"reduced set-up: {self._differs(claim)}"
+        if len(values) < MIN_SEEDS:
+            return INCONCLUSIVE, f"too few seeds: {len(values)}, and {MIN_SEEDS} are needed"
+        if not np.isfinite(values).all():
+            return INCONCLUSIVE, "a seed diverged"
+        if part.low <= low and high <= part.high:
+            return REPRODUCED, ""
+        if high < part.low or low > part.high:
+            return NOT_REPRODUCED, ""
+        return INCONCLUSIVE, "the interval reaches across the rule's bound: more seeds are needed"
+
+    def table(self) -> pd.DataFrame:
+        """One row per part: the claim, the published figure, ours with its interval, n, the rule and the verdict."""
+        return pd.DataFrame(self.rows)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the table as ``claims/<notebook>.csv`` under ``folder``."""
+        file = Path(folder) / "claims" / f"{self.notebook}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.table().to_csv(file, index=False)
+        return file
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One verdict per claim, from the parts that count: all reproduced; else any that is not; else inconclusive."""
+    rows = []
+    for claim_id, parts in table.groupby("claim", sort=False):
+        counted = parts[parts["counts"]]
+        verdicts = set(counted["verdict"]) or {INCONCLUSIVE}
+        verdict = next(iter(verdicts)) if len(verdicts) == 1 else INCONCLUSIVE
+        if NOT_REPRODUCED in verdicts:
+            verdict = NOT_REPRODUCED
+        why = "" if verdict != INCONCLUSIVE else "; ".join(dict.fromkeys((parts if counted.empty else counted)["why"]))
+        first = parts.iloc[0]
+        rows.append({
+            "claim": claim_id, "statement": first["statement"], "source": first["source"],
+            "notebook": first["notebook"], "verdict": verdict, "why": why.strip("; "),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def show(table: pd.DataFrame) -> pd.io.formats.style.Styler:
+    """The ledger as a reader sees it: ours with its interval in one column, the verdict coloured."""
+    colours = {REPRODUCED: "#1b7837", NOT_REPRODUCED: "#b2182b", INCONCLUSIVE: "#666666"}
+    return (
+        readable(table)
+        .style.hide(axis="index")
+        .map(lambda v: f"color: {colours.get(v, 'inherit')}; font-weight: bold", subset=["verdict"])
+        .set_properties(**{"text-align": "left"})
+    )
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with figures rounded and intervals as text, for people."""
+    ours = [
+        f"{mean:.4g}" + (f" [{low:.4g}, {high:.4g}]" if math.isfinite(low) else "")
+        for mean, low, high in zip(table["ours"], table["low"], table["high"])
+    ]
+    return pd.DataFrame({
+        "claim": table["claim"], "part": table["part"], "measured": table["measured"],
+        "published": table["published"].fillna("") + " (" + table["known"].fillna("") + ")",
+        "ours [95 %]": ours, "n": table["n"], "rule": table["rule"], "verdict": table["verdict"],
+        "why": table["why"].fillna(""),
+    })  # fmt: skip
