@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,6 +117,28 @@ def measure(
     return pd.concat(frames, ignore_index=True)
 
 
+def at_steps(frame: pd.DataFrame, column: str, steps: float) -> pd.Series:
+    """``column`` after ``steps`` steps, by seed: interpolated between records, linearly in the logarithm of steps."""
+    after_start = frame[frame["steps"] > 0].sort_values("steps")
+    return pd.Series({
+        seed: np.interp(np.log(steps), np.log(group["steps"]), group[column])
+        for seed, group in after_start.groupby("seed")
+    })  # fmt: skip
+
+
+def to_target(frame: pd.DataFrame, column: str, target: float, *, axis: str = "epochs") -> pd.DataFrame:
+    """Where on ``axis`` each run's ``column`` first reaches ``target``: columns batch_size, lr, seed, ``axis``.
+
+    A run that never does gets the end of the axis, and ``reached`` False.
+    """
+    rows = []
+    for (batch_size, lr, seed), group in frame.groupby(["batch_size", "lr", "seed"], sort=False):
+        hits = group.loc[group[column] >= target, axis]
+        end = hits.min() if len(hits) else group[axis].max()
+        rows.append({"batch_size": batch_size, "lr": lr, "seed": seed, axis: end, "reached": len(hits) > 0})
+    return pd.DataFrame(rows)
+
+
 @dataclass
 class _Job:
     """One function call whose results, one per content, go into the store."""
@@ -132,7 +155,8 @@ def _execute(todo: list[_Job], jobs: int | None, store: Store) -> None:
     if not todo:
         return
     on_cpu = data.pick_device().type == "cpu"
-    workers = min(len(todo), jobs or (joblib.cpu_count() if on_cpu else 1))
+    jobs = jobs or int(os.environ.get("COMPANION_JOBS", 0)) or (joblib.cpu_count() if on_cpu else 1)
+    workers = min(len(todo), jobs)
     todo = sorted(todo, key=lambda job: -job.cost)
     about = {"torch": torch.__version__, "python": platform.python_version(), "device": str(data.pick_device())}
     with (

@@ -1,0 +1,148 @@
+"""One style, one colour per batch size. Functions take a frame and axes, and return the axes; none computes or shows.
+
+A figure's title states its finding, its caption says data and n, and theory is a thin dark line.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BAND = "line: median over seeds; band: the central 95 % of them"
+LABELS = {
+    "epochs": "epochs", "steps": "steps", "seconds": "training seconds (one core)", "examples_seen": "examples seen",
+    "test_accuracy": "test accuracy", "train_accuracy": "train accuracy", "test_loss": "test loss",
+    "train_loss": "train loss", "generalization_gap": "generalisation gap (train − test accuracy)",
+    "distance_from_init": "distance from initial weights ‖w − w₀‖", "weight_norm": "radius ‖w‖",
+    "gradient_norm": "gradient norm", "batch_size": "batch size", "measured_batch_size": "batch size",
+    "minibatch_noise": "noise of a minibatch's gradient", "tail_fraction": "P(|g| > 0.0082)", "lr": "learning rate",
+}  # fmt: skip
+
+
+def use_style() -> None:
+    """Set the companion's style for all figures of this process."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind")
+    mpl.rcParams.update({
+        "figure.figsize": (8.0, 4.6), "figure.dpi": 100, "savefig.dpi": 120, "figure.constrained_layout.use": True,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+        "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 11,
+        "legend.frameon": False, "legend.fontsize": 10, "lines.linewidth": 1.8, "svg.hashsalt": "companion",
+    })  # fmt: skip
+
+
+def colour(batch_size: float) -> tuple[float, ...]:
+    """The colour of a batch size, the same in every figure: dark for 1, through green, to yellow for 1024 and more."""
+    return mpl.colormaps["viridis"](0.93 * float(np.clip(np.log2(batch_size) / 10, 0, 1)))
+
+
+def curves(
+    frame: pd.DataFrame,
+    y: str,
+    *,
+    x: str = "epochs",
+    by: str = "batch_size",
+    labels: Mapping[object, str] | None = None,
+    colours: Mapping[object, object] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """``y`` against ``x``: the median over seeds, with a band; one line per value of ``by``."""
+    ax = ax or plt.subplots()[1]
+    for value, group in frame.groupby(by, sort=False):
+        # Seeds share epochs and steps, not seconds: those are averaged record by record.
+        group = group.assign(record=group.groupby("seed").cumcount())
+        by_record = group.groupby("record")
+        middle, low, high = (by_record[y].quantile(q) for q in (0.5, 0.025, 0.975))
+        shade = (colours or {}).get(value) or colour(value)
+        label = (labels or {}).get(value, f"batch {value}" if by == "batch_size" else str(value))
+        ax.plot(by_record[x].mean(), middle, color=shade, label=label)
+        ax.fill_between(by_record[x].mean(), low, high, color=shade, alpha=0.2, linewidth=0)
+    ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    return ax
+
+
+def against_batch_size(
+    frame: pd.DataFrame,
+    y: str,
+    *,
+    x: str = "batch_size",
+    label: str | None = None,
+    line_colour: str = "0.35",
+    ax: Axes | None = None,
+) -> Axes:
+    """``y`` against batch size on a log₂ axis: a dot per row, in its size's colour, and a line through the medians."""
+    ax = ax or plt.subplots()[1]
+    middle = frame.groupby(x)[y].median()
+    ax.plot(middle.index, middle, color=line_colour, linewidth=1.5, label=label, zorder=1)
+    ax.scatter(frame[x], frame[y], c=[colour(b) for b in frame[x]], s=22, alpha=0.7, linewidths=0, zorder=2)
+    return batch_size_axis(ax, sorted(frame[x].unique()), y)
+
+
+def batch_size_axis(ax: Axes, batch_sizes: Sequence[float], y: str = "") -> Axes:
+    """A log₂ x-axis whose ticks are the batch sizes themselves, thinned to powers of two where there are many."""
+    ax.set_xscale("log", base=2)
+    ticks = [b for b in batch_sizes if len(batch_sizes) <= 9 or float(np.log2(b)).is_integer()]
+    ax.set_xticks(ticks, [f"{b:g}" for b in ticks], minor=False)
+    ax.minorticks_off()
+    ax.set(xlabel="batch size", ylabel=LABELS.get(y, y))
+    return ax
+
+
+def theory(ax: Axes, x: Sequence[float], y: Sequence[float] | Callable[[np.ndarray], np.ndarray], label: str) -> Axes:
+    """What theory says, as a thin dark line."""
+    values = y(np.asarray(x, dtype=float)) if callable(y) else y
+    ax.plot(x, values, color="black", linewidth=0.9, linestyle="--", label=label, zorder=3)
+    return ax
+
+
+def histograms(frame: pd.DataFrame, y: str, *, by: str, bins: int = 30, ax: Axes | None = None) -> Axes:
+    """The distribution of ``y`` as a step line per value of ``by`` (a batch size), on common bins."""
+    ax = ax or plt.subplots()[1]
+    edges = np.linspace(frame[y].min(), frame[y].max(), bins + 1)
+    for value, group in frame.groupby(by):
+        ax.hist(group[y], bins=edges, histtype="stepfilled", alpha=0.35, color=colour(value), label=f"batch {value}")
+    ax.set(xlabel=LABELS.get(y, y), ylabel="trials")
+    return ax
+
+
+def heat_table(frame: pd.DataFrame, *, rows: str, columns: str, value: str, text: str, ax: Axes | None = None) -> Axes:
+    """A table of cells coloured by ``value``, each with the text of its column ``text``."""
+    ax = ax or plt.subplots()[1]
+    values, texts = (frame.pivot(index=rows, columns=columns, values=v) for v in (value, text))
+    sns.heatmap(
+        values, annot=texts, fmt="", cmap="crest", ax=ax, linewidths=1.5, cbar_kws={"label": LABELS.get(value, value)}
+    )
+    ax.set(xlabel=LABELS.get(columns, columns), ylabel=LABELS.get(rows, rows))
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
+def decision_regions(inputs: np.ndarray, targets: np.ndarray, *, ax: Axes | None = None) -> Axes:
+    """Two-dimensional examples, a colour and a marker per class."""
+    ax = ax or plt.subplots()[1]
+    for c, marker in zip(np.unique(targets), "os^Dv<>"):
+        chosen = inputs[targets == c]
+        ax.scatter(*chosen.T, s=16, marker=marker, alpha=0.7, linewidths=0, label=f"class {c}")
+    ax.set(xlabel="x₁", ylabel="x₂")
+    return ax
+
+
+def save(figure: Axes | Figure, name: str, folder: str | Path, caption: str) -> Figure:
+    """Write ``figures/<name>.png`` and ``.svg`` under ``folder``, with the caption below; title and caption go into the
+    PNG's own text fields, where the index page finds them."""
+    fig = figure if isinstance(figure, Figure) else figure.figure
+    fig.supxlabel("\n".join(textwrap.wrap(caption, 118)), fontsize=8.5, color="0.3", x=0.01, ha="left")
+    file = Path(folder) / "figures" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    title = next((t for t in [fig.get_suptitle(), *(a.get_title(loc="left") for a in fig.axes)] if t), name)
+    fig.savefig(file.with_name(f"{name}.png"), metadata={"Title": title.replace("\n", " "), "Description": caption})
+    fig.savefig(file.with_name(f"{name}.svg"), metadata={"Date": None, "Title": title})
+    return fig
