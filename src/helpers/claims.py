@@ -21,7 +21,7 @@ VERDICTS = REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reprodu
 MIN_SEEDS = 3
 
 # What the write-ups trained. A difference in scale leaves the parts that quote no figure; any other leaves none.
-_SCALE = ("num_train", "epochs", "draw_size")
+_SCALE = {"shen": ("num_train", "epochs", "draw_size"), "brownlee": (), "cnn": ("num_train",)}
 SETUPS = {
     "shen": {"dataset": "mnist", "num_train": 60_000, "epochs": 30, "batch_sizes": [64, 256, 1024], "lr": 0.01}
     | {"draw_size": 1024},
@@ -273,7 +273,7 @@ class Ledger:
         return ", ".join(
             f"{name} {self.used[name]} instead of {value}"
             for name, value in SETUPS[claim.setup].items()
-            if (name in _SCALE) == in_scale and name in self.used and self.used[name] != value
+            if (name in _SCALE[claim.setup]) == in_scale and name in self.used and self.used[name] != value
         )
 
     def _verdict(self, claim: Claim, part: Part, values: np.ndarray, low: float, high: float) -> tuple[str, str]:
@@ -285,10 +285,12 @@ class Ledger:
             return INCONCLUSIVE, f"too few seeds: {len(values)}, and {MIN_SEEDS} are needed"
         if not np.isfinite(values).all():
             return INCONCLUSIVE, "a seed diverged"
+        reduced = self._differs(claim, in_scale=True)
+        note = f"at a reduced scale: {reduced}" if reduced else ""
         if part.low <= low and high <= part.high:
-            return REPRODUCED, ""
+            return REPRODUCED, note
         if high < part.low or low > part.high:
-            return NOT_REPRODUCED, ""
+            return NOT_REPRODUCED, note
         return INCONCLUSIVE, "the interval reaches across the rule's bound: more seeds are needed"
 
     def table(self) -> pd.DataFrame:
@@ -312,7 +314,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         verdict = next(iter(verdicts)) if len(verdicts) == 1 else INCONCLUSIVE
         if NOT_REPRODUCED in verdicts:
             verdict = NOT_REPRODUCED
-        why = "" if verdict != INCONCLUSIVE else "; ".join(dict.fromkeys((parts if counted.empty else counted)["why"]))
+        why = "; ".join(dict.fromkeys((parts if counted.empty else counted)["why"].fillna("")))
         first = parts.iloc[0]
         rows.append({
             "claim": claim_id, "statement": first["statement"], "source": first["source"],

@@ -52,6 +52,7 @@ class Model(nn.Module):
     """A classifier in two parts: ``features(x)`` (all but the last layer) and ``head`` (the last, linear, layer)."""
 
     head: Linear
+    multiply_adds: int  # of one example's forward pass, to tell long jobs from short
 
     @property
     def replicas(self) -> int:
@@ -74,6 +75,7 @@ class MLP(Model):
         widths = [math.prod(input_shape), *hidden]
         self.layers = nn.ModuleList(Linear(replicas, i, o) for i, o in zip(widths, widths[1:]))
         self.head = Linear(replicas, widths[-1], num_classes)
+        self.multiply_adds = self.num_parameters
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2)
@@ -90,6 +92,7 @@ class CNN(Model):
         channels, height, width = input_shape
         self.layers = nn.ModuleList([Conv2d(replicas, channels, 16, 5), Conv2d(replicas, 16, 32, 5)])
         self.head = Linear(replicas, 32 * (height // 4) * (width // 4), num_classes)
+        self.multiply_adds = height * width * 25 * (16 * channels + 16 * 32 // 4)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         replicas, examples = x.shape[:2]

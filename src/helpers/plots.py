@@ -34,8 +34,8 @@ def use_style() -> None:
     mpl.rcParams.update({
         "figure.figsize": (8.0, 4.6), "figure.dpi": 100, "savefig.dpi": 120, "figure.constrained_layout.use": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-        "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 11,
-        "legend.frameon": False, "legend.fontsize": 10, "lines.linewidth": 1.8, "svg.hashsalt": "companion",
+        "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 11,
+        "axes.formatter.min_exponent": 5, "legend.frameon": False, "legend.fontsize": 10, "lines.linewidth": 1.8, "svg.hashsalt": "companion",
     })  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def heat_table(frame: pd.DataFrame, *, rows: str, columns: str, value: str, text
     return ax
 
 
-def decision_regions(inputs: np.ndarray, targets: np.ndarray, *, ax: Axes | None = None) -> Axes:
+def scatter_classes(inputs: np.ndarray, targets: np.ndarray, *, ax: Axes | None = None) -> Axes:
     """Two-dimensional examples, a colour and a marker per class."""
     ax = ax or plt.subplots()[1]
     for c, marker in zip(np.unique(targets), "os^Dv<>"):
@@ -139,7 +139,10 @@ def save(figure: Axes | Figure, name: str, folder: str | Path, caption: str) -> 
     """Write ``figures/<name>.png`` and ``.svg`` under ``folder``, with the caption below; title and caption go into the
     PNG's own text fields, where the index page finds them."""
     fig = figure if isinstance(figure, Figure) else figure.figure
-    fig.supxlabel("\n".join(textwrap.wrap(caption, 118)), fontsize=8.5, color="0.3", x=0.01, ha="left")
+    fig.supxlabel(textwrap.fill(caption, int(15 * fig.get_figwidth())), fontsize=8.5, color="0.3", x=0.01, ha="left")
+    for ax in fig.axes:  # a title may not run into its neighbour's
+        width = fig.get_figwidth() * ax.get_subplotspec().get_position(fig).width if ax.get_subplotspec() else 99
+        ax.set_title(textwrap.fill(ax.get_title(loc="left"), max(12, int(10 * width))), loc="left")
     file = Path(folder) / "figures" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     title = next((t for t in [fig.get_suptitle(), *(a.get_title(loc="left") for a in fig.axes)] if t), name)

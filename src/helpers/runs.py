@@ -217,7 +217,7 @@ def _execute(item: Planned, out: Path) -> None:
     try:
         papermill.execute_notebook(
             str(item.path), str(target), parameters, kernel_name="python3", cwd=str(out),
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
         item.status = "ok"
     except papermill.PapermillExecutionError as error:
@@ -246,6 +246,13 @@ def widget_errors(notebook) -> list[str]:
         for output in model.get("state", {}).get("outputs", ())
         if output.get("output_type") == "error"
     ]
+
+
+def title_of(path: Path) -> str:
+    """The finding that a notebook states in its title."""
+    import nbformat
+
+    return _title(nbformat.read(path, as_version=4))
 
 
 def _title(notebook) -> str:

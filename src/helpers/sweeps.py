@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import joblib
 import numpy as np
@@ -27,12 +27,13 @@ from helpers.training import NUMERICS, Schedule, Training, check_batch_size, che
 DEFAULTS = {
     "dataset": "mnist", "num_train": None, "subset_seed": 0, "model": "shen_mlp",
     "batch_size": 64, "lr": 0.01, "optimizer": "sgd", "momentum": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0,
-    "epochs": 30,
+    "epochs": 30, "record_steps": (),
 }  # fmt: skip
 
 # On a CPU, replicas of a network this small share a step's overhead; those of a larger one compete for the cache.
 _STACK_BELOW_PARAMETERS = 20_000
 _TRIALS_PER_JOB = 10
+_WORTH_WORKERS = 8.0  # estimated seconds: below, starting processes takes longer than they save
 
 
 def grid(base: Mapping[str, object] | None = None, **values: object) -> list[dict[str, object]]:
@@ -106,7 +107,10 @@ def measure(
             prefix = f"{epoch}/weights/"
             weights = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             label = f"{protocol} epoch={epoch} seed={seed}"
-            todo.append(_Job(_measure, (protocol, s, weights, seed, chosen), [content], label))
+            draw_size = chosen.get("draw_size", 1024)
+            steps = sum(draw_size / b for b in batch_sizes) * len(chosen["trials"])
+            cost = _seconds(s, steps, steps) + _seconds(s, 0, draw_size * len(batch_sizes) * len(chosen["trials"]))
+            todo.append(_Job(_measure, (protocol, s, weights, seed, chosen), [content], label, cost))
     _execute(todo, jobs, store)
     frames = [
         store.frame(key)
@@ -115,15 +119,6 @@ def measure(
         for key, s, seed, epoch in rows
     ]
     return pd.concat(frames, ignore_index=True)
-
-
-def at_steps(frame: pd.DataFrame, column: str, steps: float) -> pd.Series:
-    """``column`` after ``steps`` steps, by seed: interpolated between records, linearly in the logarithm of steps."""
-    after_start = frame[frame["steps"] > 0].sort_values("steps")
-    return pd.Series({
-        seed: np.interp(np.log(steps), np.log(group["steps"]), group[column])
-        for seed, group in after_start.groupby("seed")
-    })  # fmt: skip
 
 
 def to_target(frame: pd.DataFrame, column: str, target: float, *, axis: str = "epochs") -> pd.DataFrame:
@@ -147,7 +142,7 @@ class _Job:
     arguments: tuple
     contents: list[dict[str, object]]
     label: str
-    cost: float = field(default=1.0)
+    cost: float = 0.0  # a rough estimate, in seconds of one core
 
 
 def _execute(todo: list[_Job], jobs: int | None, store: Store) -> None:
@@ -156,11 +151,11 @@ def _execute(todo: list[_Job], jobs: int | None, store: Store) -> None:
         return
     on_cpu = data.pick_device().type == "cpu"
     jobs = jobs or int(os.environ.get("COMPANION_JOBS", 0)) or (joblib.cpu_count() if on_cpu else 1)
-    workers = min(len(todo), jobs)
+    workers = min(len(todo), jobs) if sum(job.cost for job in todo) > _WORTH_WORKERS else 1
     todo = sorted(todo, key=lambda job: -job.cost)
     about = {"torch": torch.__version__, "python": platform.python_version(), "device": str(data.pick_device())}
     with (
-        tqdm(total=len(todo), unit="job", file=sys.stdout, mininterval=1.0, ncols=100) as bar,
+        tqdm(total=len(todo), unit="job", file=sys.stdout, mininterval=1.0, ncols=110) as bar,
         joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1) if workers > 1
         else joblib.parallel_config("sequential"),
     ):  # fmt: skip
@@ -196,7 +191,6 @@ def _training_jobs(
         missing = [seed for seed in seeds if not store.has(_key(s, seed, seeds), wanted)]
         if missing and _stack_matters(s):
             missing = list(seeds)
-        steps = sum(_dataset(s).num_train / _value(s["batch_size"], e) for e in range(s["epochs"]))
         size = 1 if _dataset(s).device.type == "cpu" and not _stack_matters(s) else len(seeds)
         for stack in (missing[i : i + size] for i in range(0, len(missing), size)):
             trunk = None
@@ -205,7 +199,10 @@ def _training_jobs(
                 trunk = [(store.frame(key), store.arrays(key)) for key in keys]
             label = " ".join(f"{k}={s[k]}" for k in ("model", "batch_size", "lr")) + f" seeds={list(stack)}"
             contents = [_content(s, seed, seeds) for seed in stack]
-            todo.append(_Job(_train, (s, stack, snapshots, branch_at, trunk), contents, label, steps))
+            start = branch_at if trunk else 0
+            steps = sum(_dataset(s).num_train / _value(s["batch_size"], e) for e in range(start, s["epochs"]))
+            cost = _seconds(s, steps, (s["epochs"] - start) * 2 * _dataset(s).num_train * len(stack))
+            todo.append(_Job(_train, (s, stack, snapshots, branch_at, trunk), contents, label, cost))
     return todo
 
 
@@ -225,7 +222,7 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
         training.resume(state, pd.concat([frame for frame, _ in trunk]))
     for epoch in range(start, s["epochs"] + 1):
         if epoch > start:
-            training.advance(epochs=1)
+            training.advance(epochs=1, record_steps=s["record_steps"])
         elif not trunk:
             training.record()
         if epoch in snapshots:
@@ -245,6 +242,13 @@ def _measure(protocol: str, s: dict, weights: dict[str, np.ndarray], seed: int, 
 
 def _dataset(s: Mapping) -> data.Dataset:
     return data.load(s["dataset"], num_train=s["num_train"], subset_seed=s["subset_seed"])
+
+
+def _seconds(s: Mapping, steps: float, examples: float) -> float:
+    """What so many steps over so many examples take on one core, roughly: 0.3 ms a step, 30 billion multiply-adds/s."""
+    dataset = _dataset(s)
+    model = models.build(s["model"], dataset.input_shape, dataset.num_classes, [0])
+    return steps * (3e-4 + 1e-9 * model.num_parameters) + examples * 3 * model.multiply_adds / 3e10
 
 
 def _stack_matters(s: Mapping) -> bool:
@@ -307,5 +311,9 @@ def _key(s: Mapping, seed: int, seeds: Sequence[int]) -> str:
 
 
 def _columns(s: Mapping) -> dict[str, object]:
-    """The settings as columns; a schedule, or a pair, as text."""
-    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in s.items() if k != "subset_seed"}
+    """The settings as columns; a schedule, or a pair, as text. `epochs` stays what it is in the history: an axis."""
+    return {
+        k: v if isinstance(v, int | float | str | None) else str(v)
+        for k, v in s.items()
+        if k not in ("subset_seed", "epochs", "record_steps")
+    }

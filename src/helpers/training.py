@@ -184,8 +184,18 @@ class Training:
         self.examples_seen += indices.shape[1]
         self.seconds += time.perf_counter() - started
 
-    def advance(self, *, epochs: float | None = None, steps: int | None = None, record: bool = True) -> Training:
-        """Advance by epochs or by steps. ``record``: evaluate before the first step and at the end of each epoch."""
+    def advance(
+        self,
+        *,
+        epochs: float | None = None,
+        steps: int | None = None,
+        record: bool = True,
+        record_steps: Sequence[int] = (),
+    ) -> Training:
+        """Advance by epochs or by steps. ``record``: evaluate before the first step and at the end of each epoch.
+
+        ``record_steps``: evaluate after these steps too, counted from the start of training.
+        """
         if (epochs is None) == (steps is None):
             raise ValueError("advance() takes either epochs or steps")
         if record and not self._records:
@@ -194,7 +204,7 @@ class Training:
         last_step = math.inf if steps is None else self.steps + steps
         while self.examples_seen < end and self.steps < last_step:
             self.step()
-            if record and self.examples_seen % self.dataset.num_train == 0:
+            if record and (self.examples_seen % self.dataset.num_train == 0 or self.steps in record_steps):
                 self.record()
         return self
 
