@@ -12,6 +12,7 @@ import struct
 import tempfile
 import threading
 import urllib.request
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ class Dataset:
     @property
     def description(self) -> str:
         """What a figure's caption says of the data."""
-        return f"{self.name}, {self.num_train:,} training and {len(self.test_targets):,} test examples"
+        name = "digits (8×8, not MNIST)" if self.name == "digits" else self.name
+        return f"{name}, {self.num_train:,} training and {len(self.test_targets):,} test examples"
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -105,7 +107,9 @@ def load(
     stays whole. ``"auto"`` is MNIST where it is or can be had, else digits. Raises ValueError for an unknown name or
     an impossible subset, DataError for files that are missing or damaged.
     """
-    name, _ = resolve(name, root)
+    name, note = resolve(name, root)
+    if note:
+        warnings.warn(note, stacklevel=2)
     return _load(name, num_train, subset_seed, str(pick_device(device)), str(data_root(root)))
 
 

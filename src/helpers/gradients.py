@@ -18,7 +18,7 @@ from helpers import data, models
 
 # |g| beyond which the write-up's histograms of single gradient entries differ most between sizes 2 and 1024.
 TAIL = 0.0082
-_STACK_BYTES = 64e6  # of weights walked side by side: more fall out of a CPU's cache and take longer, not less
+_STACK_BYTES = 4e6  # of weights walked side by side: more fall out of a CPU's cache and take longer, not less
 
 
 def draw(num_examples: int, draw_size: int, seed: int, trial: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def walk(
     """
     recorded = _recorded(weights, layers)
     bytes_each = sum(w.numel() * w.element_size() for w in weights.values())
-    side_by_side = len(trials) if dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // (2 * bytes_each)))
+    side_by_side = len(trials) if dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // bytes_each))
     rows = []
     for start in range(0, len(trials), side_by_side):
         chunk = list(trials[start : start + side_by_side])
@@ -69,7 +69,7 @@ def walk(
             _reset(net, weights)
             optimizer = torch.optim.SGD(net.parameters(), lr=lr, fused=dataset.device.type in ("cpu", "cuda"))
             total = {name: torch.zeros_like(p) for name, p in net.named_parameters() if name in recorded}
-            for minibatch in indices.split(_checked(batch_size, draw_size), dim=1):
+            for minibatch in indices.split(check_split(batch_size, draw_size), dim=1):
                 optimizer.zero_grad(set_to_none=True)
                 mean_loss(net(dataset.train_inputs[minibatch]), dataset.train_targets[minibatch]).sum().backward()
                 for name, p in net.named_parameters():
@@ -105,7 +105,7 @@ def frozen(
         for batch_size in batch_sizes:
             total: dict[str, torch.Tensor] = {}
             squared_distance = count = 0
-            whole = draw_size - draw_size % _checked(batch_size, draw_size)
+            whole = draw_size - draw_size % check_split(batch_size, draw_size)
             parts = [indices[:whole].view(-1, batch_size), indices[whole:].view(1, -1)]
             for minibatches in (part for part in parts if part.numel()):
                 for name, gradient in _minibatch_gradients(dataset, net, minibatches, recorded):
@@ -127,9 +127,10 @@ def _recorded(weights: Mapping[str, torch.Tensor], layers: str) -> list[str]:
     return ["head.weight"] if layers == "last" else list(weights)
 
 
-def _checked(batch_size: int, draw_size: int) -> int:
+def check_split(batch_size: int, draw_size: int) -> int:
+    """``batch_size``, or ValueError unless it is from 1 to the size of a draw."""
     if not 1 <= batch_size <= draw_size:
-        raise ValueError(f"batch_size is {batch_size!r}; expected 1 to {draw_size} (the size of a draw)")
+        raise ValueError(f"batch_size is {batch_size!r}; expected a whole number from 1 to {draw_size} (the draw)")
     return batch_size
 
 

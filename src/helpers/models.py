@@ -85,14 +85,14 @@ class MLP(Model):
 
 
 class CNN(Model):
-    """Two convolutions (5×5; 16 and 32 channels), each with ReLU and 2×2 max pooling, then one linear layer."""
+    """Two convolutions (3×3; 16 and 32 channels), each with ReLU and 2×2 max pooling, then one linear layer."""
 
     def __init__(self, replicas: int, input_shape: Sequence[int], num_classes: int):
         super().__init__()
         channels, height, width = input_shape
-        self.layers = nn.ModuleList([Conv2d(replicas, channels, 16, 5), Conv2d(replicas, 16, 32, 5)])
+        self.layers = nn.ModuleList([Conv2d(replicas, channels, 16, 3), Conv2d(replicas, 16, 32, 3)])
         self.head = Linear(replicas, 32 * (height // 4) * (width // 4), num_classes)
-        self.multiply_adds = height * width * 25 * (16 * channels + 16 * 32 // 4)
+        self.multiply_adds = height * width * 9 * (16 * channels + 16 * 32 // 4)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         replicas, examples = x.shape[:2]

@@ -35,13 +35,14 @@ def use_style() -> None:
         "figure.figsize": (8.0, 4.6), "figure.dpi": 100, "savefig.dpi": 120, "figure.constrained_layout.use": True,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
         "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 11,
-        "axes.formatter.min_exponent": 5, "legend.frameon": False, "legend.fontsize": 10, "lines.linewidth": 1.8, "svg.hashsalt": "companion",
+        "axes.formatter.min_exponent": 5, "legend.frameon": False, "legend.fontsize": 10, "lines.linewidth": 1.8,
+        "svg.hashsalt": "companion",
     })  # fmt: skip
 
 
 def colour(batch_size: float) -> tuple[float, ...]:
-    """The colour of a batch size, the same in every figure: dark for 1, through green, to yellow for 1024 and more."""
-    return mpl.colormaps["viridis"](0.93 * float(np.clip(np.log2(batch_size) / 10, 0, 1)))
+    """The colour of a batch size, the same in every figure: dark violet for 1 to light green for 1024 and more."""
+    return mpl.colormaps["viridis"](0.87 * float(np.clip(np.log2(batch_size) / 10, 0, 1)))
 
 
 def curves(
@@ -142,7 +143,7 @@ def save(figure: Axes | Figure, name: str, folder: str | Path, caption: str) -> 
     fig.supxlabel(textwrap.fill(caption, int(15 * fig.get_figwidth())), fontsize=8.5, color="0.3", x=0.01, ha="left")
     for ax in fig.axes:  # a title may not run into its neighbour's
         width = fig.get_figwidth() * ax.get_subplotspec().get_position(fig).width if ax.get_subplotspec() else 99
-        ax.set_title(textwrap.fill(ax.get_title(loc="left"), max(12, int(10 * width))), loc="left")
+        ax.set_title(textwrap.fill(ax.get_title(loc="left"), max(12, int(12.5 * width))), loc="left")
     file = Path(folder) / "figures" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     title = next((t for t in [fig.get_suptitle(), *(a.get_title(loc="left") for a in fig.axes)] if t), name)

@@ -70,7 +70,7 @@ def plan(
 ) -> list[Planned]:
     """What a run would execute, every parameter checked against the notebooks' own; raises BadInput, starts nothing.
 
-    ``dataset`` is a name or ``"auto"``; for MNIST's notebooks it replaces the profile's. ``only``: names or numbers.
+    ``dataset`` goes to the notebooks whose own default is ``"auto"``. ``only``: names or numbers.
     """
     found = notebooks(folder)
     chosen = [name for name in found if not only or any(name == o or name.split("_")[0] == o for o in only)]
@@ -84,7 +84,7 @@ def plan(
     for name in chosen:
         own = parameters_of(found[name])
         values = dict(profiles[profile].get("every", {})) | profiles[profile].get(name, {})
-        if own.get("dataset") not in (None, "blobs"):
+        if own.get("dataset") == "auto":
             values["dataset"] = dataset
             values |= profiles.get(f"on_{dataset}", {}).get(name, {})
         values = {k: v for k, v in values.items() if k in own} | {k: v for k, v in (given or {}).items() if k in own}
@@ -125,8 +125,10 @@ def _check_values(notebook: str, values: Mapping[str, object]) -> None:
             raise ValueError(f"num_train is {num_train}; expected 10 to {whole} (the training set of {dataset})")
         for name, value in values.items():
             for v in value if isinstance(value, list) else [value]:
-                if re.search(r"batch_sizes?$|^batch_size", name) and not name.startswith("walk"):
-                    training.check_batch_size(v, num_train)
+                if re.search(r"batch_sizes?$", name):
+                    own = re.sub(r"batch_sizes?$", "draw_size" if name.startswith("walk_") else "num_train", name)
+                    limit = values.get(own.removeprefix("walk_"), num_train)  # a walk splits a draw
+                    training.check_batch_size(v, limit)
                 elif re.search(r"(^|_)lrs?($|_)", name):
                     training.check_lr(v)
                 elif name in ("seeds", "epochs", "trials", "draw_size") and v < 1:
@@ -306,7 +308,7 @@ def _figures(out: Path, notebook: str) -> list[dict[str, str]]:
     from PIL import Image
 
     figures = []
-    for file in sorted((out / "figures").glob(f"{notebook.split('_')[0]}_*.png")):
+    for file in sorted((out / "figures").glob(f"{notebook.split('_')[0]}_*.png"), key=lambda f: f.stat().st_mtime_ns):
         with Image.open(file) as image:
             text = image.info
         encoded = base64.b64encode(file.read_bytes()).decode()
@@ -316,13 +318,15 @@ def _figures(out: Path, notebook: str) -> list[dict[str, str]]:
 
 
 def _as_html(path: Path) -> str:
+    import jinja2
     from nbconvert import HTMLExporter
 
-    # The empty addresses keep the page from asking any host for scripts.
+    # nbconvert's own page, less the scripts it would ask other hosts for: it opens without a network.
+    blocks = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets")
+    page = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {b} %}}{{% endblock %}}" for b in blocks)
     exporter = HTMLExporter(
+        template_file="offline.html.j2", extra_loaders=[jinja2.DictLoader({"offline.html.j2": page})],
         exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True,
-        mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="",
-        widget_renderer_url="", jupyter_widgets_base_url="",
     )  # fmt: skip
     return exporter.from_filename(str(path))[0]
 

@@ -92,6 +92,8 @@ def measure(
     """
     store, seeds = store or Store(), _seeds(seeds)
     complete, epochs = [_checked(s) for s in settings], [int(e) for e in epochs]
+    for batch_size in batch_sizes:
+        gradients.check_split(batch_size, options.get("draw_size", 1024))
     late = [(e, s["epochs"]) for e in epochs for s in complete if not 0 <= e <= s["epochs"]]
     if late:
         raise ValueError(f"epoch {late[0][0]} is not within a training of {late[0][1]} epochs")
@@ -273,6 +275,7 @@ def _checked(settings: Mapping[str, object]) -> dict[str, object]:
     s["dataset"], _ = data.resolve(s["dataset"])
     if not isinstance(s["epochs"], int) or s["epochs"] < 1:
         raise ValueError(f"epochs is {s['epochs']!r}; expected a whole number from 1 on")
+    s["num_train"] = _dataset(s).num_train  # so that None and the whole set are the same
     for name, check in (("batch_size", lambda v: check_batch_size(v, _dataset(s).num_train)), ("lr", check_lr)):
         for value in [v for _, v in s[name].points] if isinstance(s[name], Schedule) else [s[name]]:
             check(value)

@@ -1,0 +1,183 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import mlp_gradient, one_replica
+from scipy import stats
+
+from helpers import data, gradients, models
+
+DIGITS = data.load("digits", num_train=200, device="cpu")
+SPLITS = [1, 2, 3, 5, 7, 8, 64, 96]
+
+
+def weights_of(model, seed=0):
+    """A network's weights, its biases moved off 0 so that they matter."""
+    net = models.build(model, DIGITS.input_shape, DIGITS.num_classes, [seed])
+    generator = torch.Generator().manual_seed(1)
+    return {k: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for k, p in net.named_parameters()}
+
+
+WEIGHTS = weights_of("brownlee_mlp")
+
+
+def examples(indices):
+    return DIGITS.train_inputs[indices].double().numpy(), DIGITS.train_targets[indices].numpy()
+
+
+def explicit_sum(trial, batch_size, draw_size, lr, seed=0):
+    """The protocol in float64, one example at a time: the minibatches' mean gradients, each times its share."""
+    w, indices = one_replica(WEIGHTS), gradients.draw(DIGITS.num_train, draw_size, seed, trial)
+    total = {name: np.zeros_like(value) for name, value in w.items()}
+    for start in range(0, draw_size, batch_size):
+        chosen = indices[start : start + batch_size]
+        for name, g in mlp_gradient(w, *examples(chosen)).items():
+            total[name] += g * len(chosen) / draw_size
+            w[name] -= lr * g
+    return total
+
+
+@pytest.mark.parametrize("protocol", ["walk", "frozen"])
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_both_protocols_equal_an_explicit_loop(protocol, layers):
+    options = {"batch_sizes": [1, 7, 20, 48], "trials": [0, 3], "draw_size": 48, "seed": 2, "layers": layers}
+    steps = {"lr": 0.3} if protocol == "walk" else {}
+    frame = getattr(gradients, protocol)(DIGITS, "brownlee_mlp", WEIGHTS, **options, **steps)
+    assert sorted(zip(frame["batch_size"], frame["trial"])) == [(b, t) for b in (1, 7, 20, 48) for t in (0, 3)]
+    for row in frame.to_dict("records"):
+        expected = explicit_sum(row["trial"], row["batch_size"], 48, steps.get("lr", 0.0), seed=2)
+        last = expected["head.weight"]
+        assert row["gradient_norm"] == pytest.approx(np.linalg.norm(last), rel=1e-4)
+        assert row["tail_fraction"] == pytest.approx((np.abs(last) > 0.0082).mean(), abs=1e-9)
+        if layers == "all":
+            for name, g in expected.items():
+                assert row[f"gradient_norm/{name}"] == pytest.approx(np.linalg.norm(g), rel=1e-4)
+            whole = math.sqrt(sum((g**2).sum() for g in expected.values()))
+            assert row["network_gradient_norm"] == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("model", models.MODELS)
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_at_frozen_weights_every_split_gives_the_same_norm(model, layers):
+    options = {"batch_sizes": SPLITS, "trials": [0], "draw_size": 96, "layers": layers}
+    norms = gradients.frozen(DIGITS, model, weights_of(model), **options)["gradient_norm"]
+    np.testing.assert_allclose(norms, norms.iloc[-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", models.MODELS)
+def test_the_frozen_sum_is_the_gradient_of_the_mean_loss_over_the_draw(model):
+    weights, indices = weights_of(model), gradients.draw(DIGITS.num_train, 64, 0, 5)
+    frame = gradients.frozen(DIGITS, model, weights, batch_sizes=[24], trials=[5], draw_size=64, layers="all")
+    net = gradients._load(DIGITS, model, weights, 1).double()
+    logits = net(DIGITS.train_inputs[indices].double().unsqueeze(0))[0]
+    expected = torch.autograd.grad(F.cross_entropy(logits, DIGITS.train_targets[indices]), list(net.parameters()))
+    for (name, _), g in zip(net.named_parameters(), expected):
+        assert frame[f"gradient_norm/{name}"].item() == pytest.approx(g.norm().item(), rel=1e-4)
+    assert frame["gradient_norm"].item() == frame["gradient_norm/head.weight"].item()
+    squares = sum(g.square().sum().item() for g in expected)
+    assert frame["network_gradient_norm"].item() == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_taking_steps_makes_the_walk_depend_on_the_split():
+    options = {"batch_sizes": [4, 64], "trials": [0], "draw_size": 64}
+    walked = gradients.walk(DIGITS, "brownlee_mlp", WEIGHTS, **options, lr=0.1)["gradient_norm"]
+    assert abs(walked[0] / walked[1] - 1) > 0.05
+
+
+@pytest.mark.parametrize("model", ["brownlee_mlp", "plain_cnn"])
+def test_a_walk_in_one_step_is_the_frozen_sum(model):
+    options = {"batch_sizes": [64], "trials": [0, 1, 2], "draw_size": 64}
+    walked, frozen = (f(DIGITS, model, weights_of(model), **options) for f in (gradients.walk, gradients.frozen))
+    np.testing.assert_allclose(walked["gradient_norm"], frozen["gradient_norm"], rtol=1e-5)
+
+
+def test_trials_side_by_side_equal_trials_alone(monkeypatch):
+    options = {"batch_sizes": [1, 10, 48], "draw_size": 48, "lr": 0.1}
+    together = gradients.walk(DIGITS, "brownlee_mlp", WEIGHTS, trials=range(5), **options)
+    alone = [gradients.walk(DIGITS, "brownlee_mlp", WEIGHTS, trials=[t], **options) for t in range(5)]
+    monkeypatch.setattr(gradients, "_STACK_BYTES", 0)  # a stack of one, then the next
+    one_by_one = gradients.walk(DIGITS, "brownlee_mlp", WEIGHTS, trials=range(5), **options)
+    for trial in range(5):
+        expected = alone[trial]["gradient_norm"]
+        for frame in (together, one_by_one):
+            mine = frame.query("trial == @trial")
+            assert mine["batch_size"].tolist() == [1, 10, 48]
+            np.testing.assert_allclose(mine["gradient_norm"], expected, rtol=1e-5)
+
+
+def test_measuring_leaves_the_weights_alone():
+    given = {name: w.clone() for name, w in WEIGHTS.items()}
+    for protocol in (gradients.walk, gradients.frozen):
+        protocol(DIGITS, "brownlee_mlp", given, batch_sizes=[8], trials=[0], draw_size=16)
+    assert all(torch.equal(w, WEIGHTS[name]) for name, w in given.items())
+
+
+def test_a_draw_is_a_function_of_seed_and_trial():
+    draws = {(seed, trial): gradients.draw(200, 50, seed, trial) for seed in (0, 1) for trial in (0, 1, 2)}
+    assert len({tuple(d.tolist()) for d in draws.values()}) == 6
+    for (seed, trial), indices in draws.items():
+        assert torch.equal(indices, gradients.draw(200, 50, seed, trial))
+
+
+def test_a_draw_is_uniform_and_with_replacement():
+    indices = gradients.draw(20, 20_000, 0, 0)
+    counts = np.bincount(indices.numpy(), minlength=20)
+    assert len(counts) == 20
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_a_minibatchs_share_undoes_the_mean():
+    sizes, values = [7, 7, 6], np.random.default_rng(0).normal(size=20)
+    means = [part.mean() for part in np.split(values, [7, 14])]
+    assert sum(gradients.share(b, 20) * m for b, m in zip(sizes, means)) == pytest.approx(values.mean())
+    assert gradients.share(64, 1024) == 1 / 16
+
+
+def test_mean_loss_averages_over_the_examples_of_each_replica():
+    logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]]])
+    targets = torch.tensor([[0, 0], [1, 0]])
+    expected = [
+        (math.log(2) + math.log(1 + math.exp(-2))) / 2,
+        (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(3))) / 2,
+    ]
+    np.testing.assert_allclose(gradients.mean_loss(logits, targets), expected, rtol=1e-6)
+
+
+def test_minibatch_noise_is_the_rms_distance_from_the_full_gradient():
+    w, indices = one_replica(WEIGHTS), gradients.draw(DIGITS.num_train, 48, 0, 0)
+    full = mlp_gradient(w, *examples(torch.arange(DIGITS.num_train)))["head.weight"]
+    frame = gradients.frozen(DIGITS, "brownlee_mlp", WEIGHTS, batch_sizes=[1, 7, 16, 48], trials=[0], draw_size=48)
+    for batch_size, noise in zip(frame["batch_size"], frame["minibatch_noise"]):
+        squares = [
+            ((mlp_gradient(w, *examples(indices[i : i + batch_size]))["head.weight"] - full) ** 2).sum()
+            for i in range(0, 48 - batch_size + 1, batch_size)  # the short last one has another size
+        ]
+        assert noise == pytest.approx(np.mean(squares) ** 0.5, rel=1e-4)
+
+
+def test_noise_falls_with_the_root_of_the_batch_size_from_the_examples_own_spread():
+    sizes = [1, 2, 4, 8, 16, 32]
+    frame = gradients.frozen(DIGITS, "brownlee_mlp", WEIGHTS, batch_sizes=sizes, trials=range(60), draw_size=128)
+    rms = frame.groupby("batch_size")["minibatch_noise"].apply(lambda noise: np.mean(noise**2) ** 0.5)
+    assert stats.linregress(np.log(sizes), np.log(rms)).slope == pytest.approx(-0.5, abs=0.02)
+    w = one_replica(WEIGHTS)
+    each = np.array([mlp_gradient(w, *examples([i]))["head.weight"] for i in range(DIGITS.num_train)])
+    spread = ((each - each.mean(0)) ** 2).sum((1, 2)).mean() ** 0.5
+    np.testing.assert_allclose(rms, spread / np.sqrt(sizes), rtol=0.05)
+
+
+@pytest.mark.parametrize("protocol", [gradients.walk, gradients.frozen])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_sizes": [0]}, "batch_size is 0; expected 1 to 16"),
+        ({"batch_sizes": [-1]}, "batch_size is -1; expected 1 to 16"),
+        ({"batch_sizes": [8, 17]}, "batch_size is 17; expected 1 to 16"),
+        ({"batch_sizes": [8], "layers": "first"}, "layers is 'first'; expected 'last' or 'all'"),
+    ],
+)
+def test_impossible_measurements_are_refused(protocol, options, message):
+    with pytest.raises(ValueError, match=message):
+        protocol(DIGITS, "brownlee_mlp", WEIGHTS, trials=[0], draw_size=16, **options)

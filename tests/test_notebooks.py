@@ -1,0 +1,115 @@
+"""Every notebook, found by its name: its form, its parameters under every profile, and a headless run."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from helpers import claims, data, runs
+
+NAMES = sorted(runs.notebooks())
+PROFILES = yaml.safe_load((runs.NOTEBOOKS / "profiles.yml").read_text())
+
+# Appended to a copy: moves every slider and menu through its values, as a reader would.
+MOVE_EVERYTHING = """
+from ipywidgets.widgets.widget import _instances
+for control in list(_instances.values()):
+    if hasattr(control, "options"):
+        for label in [o[0] if isinstance(o, tuple) else o for o in control.options]:
+            control.label = str(label)
+    elif hasattr(control, "min") and hasattr(control, "value"):
+        for value in (control.min, control.max):
+            control.value = value
+"""
+
+
+def _read(name):
+    return nbformat.read(runs.notebooks()[name], as_version=4)
+
+
+def _code(name):
+    return [c for c in _read(name).cells if c.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_outputs_are_committed(name):
+    assert all(not c.outputs and c.execution_count is None for c in _code(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_reads_as_designed(name):
+    notebook, code = _read(name), _code(name)
+    assert notebook.cells[0].source.startswith("# ")
+    assert 10 <= len(notebook.cells) <= 27
+    assert max(len(c.source.splitlines()) for c in code) <= 20
+    assert sum(len(re.findall(r"^\s*def ", c.source, re.M)) for c in code) <= 2
+    assert "What this cannot conclude" in notebook.cells[-1].source
+    assert any("**Prediction.**" in c.source for c in notebook.cells)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parameters_cell_holds_literals_each_with_a_comment(name):
+    (cell,) = [c for c in _code(name) if "parameters" in c.metadata.get("tags", [])]
+    for line in cell.source.splitlines():
+        assignment, comment = line.split("  # ")
+        ast.literal_eval(assignment.split(" = ")[1])
+        assert comment
+    assert {"profile", "output_dir"} <= set(runs.parameters_of(runs.notebooks()[name]))
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "digits"])
+@pytest.mark.parametrize("profile", [p for p in PROFILES if not p.startswith("on_")])
+def test_every_profile_fits_the_notebooks(profile, dataset):
+    planned = runs.plan(profile, dataset)
+    assert [p.name for p in planned] == NAMES
+    for section in PROFILES.values():
+        for name, values in section.items():
+            known = {p for n in NAMES for p in runs.parameters_of(runs.notebooks()[n])} if name == "every" else None
+            assert set(values) <= (known or set(runs.parameters_of(runs.notebooks()[name]))), (name, values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_headlessly_and_every_slider_works(name, tmp_path):
+    folder, out = tmp_path / "notebooks", tmp_path / "out"
+    folder.mkdir()
+    notebook = _read(name)
+    notebook.cells.append(nbformat.v4.new_code_cell(MOVE_EVERYTHING))
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    (folder / "profiles.yml").write_text((runs.NOTEBOOKS / "profiles.yml").read_text())
+    assert runs.run("quick", folder=folder, out=out) == 0
+    figures = runs._figures(out, name)
+    assert len(figures) == sum(c.source.count("plots.save(") for c in _code(name))
+    assert all(f["title"] != f["name"] and f["caption"] for f in figures)
+    assert all((out / "figures" / f"{f['name']}.svg").exists() for f in figures)
+    ledger = out / "claims" / f"{name}.csv"
+    assert ledger.exists() == any("claims.Ledger" in c.source for c in _code(name))
+    if ledger.exists():
+        table = pd.read_csv(ledger)
+        assert set(table["verdict"]) <= set(claims.VERDICTS)
+        assert table["ours"].notna().all()
+    assert (out / f"{name}.html").exists()
+
+
+def test_claims_of_the_ledger_are_all_judged_by_a_notebook():
+    source = "\n".join(c.source for name in NAMES for c in _code(name))
+    assert set(re.findall(r'judge\("([\w-]+)"', source)) == set(claims.CLAIMS)
+
+
+def test_plain_papermill_works_from_any_folder(tmp_path):
+    command = [sys.executable, "-m", "papermill", str(runs.notebooks()["00_start_here"]), "out.ipynb", "-k", "python3"]
+    subprocess.run([*command, "-p", "lr", "0.05", "-p", "epochs", "2"], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "figures" / "00_start_here.png").exists()
+
+
+def test_a_notebook_runs_on_the_real_mnist(mnist_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_DATA", str(mnist_root))
+    small = {"num_train": 2000, "epochs": 2, "more_epochs": 1, "early": 1}
+    assert runs.run("laptop", "auto", only=["05"], given=small, out=tmp_path / "out") == 0
+    table = pd.read_csv(tmp_path / "out" / "claims.csv")
+    assert not table["why"].fillna("").str.contains("another set-up").any()
+    assert data.load("mnist", num_train=2000, root=mnist_root).num_train == 2000

@@ -1,0 +1,169 @@
+"""What a run refuses, what it does with a notebook that fails, and what it leaves behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+
+from helpers import cli, data, runs
+
+COMPANION = [sys.executable, "-c", "from helpers.cli import main; main()"]
+
+
+PARAMETERS = 'output_dir = "."\nlr = 0.1\nseeds = 3\n'
+
+
+def _notebook(folder: Path, name: str, *cells: str) -> None:
+    kernel = {"name": "python3", "display_name": "", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook.cells = [
+        nbformat.v4.new_markdown_cell(f"# {name} <script>alert(1)</script>"),
+        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        *(nbformat.v4.new_code_cell(cell) for cell in cells),
+    ]
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three notebooks: one whose second cell raises, one whose widget's callback does, one that is fine."""
+    (tmp_path / "profiles.yml").write_text("quick: {every: {seeds: 2}}\nlaptop: {}\non_digits: {}\n")
+    _notebook(tmp_path, "01_raises", "print('before')", "1 / 0", "print('after')")
+    _notebook(tmp_path, "02_widget", "import ipywidgets\nipywidgets.interact(lambda x: {}[x], x=(0, 3));")
+    _notebook(tmp_path, "03_fine", "print(f'seeds={seeds} lr={lr}')")
+    return tmp_path
+
+
+def test_a_failing_notebook_is_kept_up_to_its_cell_and_the_others_still_run(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert runs.run("quick", folder=folder, out=out) == 1
+    said = capsys.readouterr().out
+    assert "1 of 3 notebooks ok" in said and str(out / "index.html") in said
+    record = {n["name"]: n for n in json.loads((out / "run.json").read_text())["notebooks"]}
+    assert "ZeroDivisionError" in record["01_raises"]["error"]
+    assert "KeyError" in record["02_widget"]["error"] and "widget" in record["02_widget"]["error"]
+    assert record["03_fine"]["status"] == "ok"
+    partial = nbformat.read(out / "01_raises.ipynb", as_version=4)
+    outputs = [o.get("text", "") for c in partial.cells if c.cell_type == "code" for o in c.outputs]
+    assert "before\n" in outputs and "after\n" not in outputs
+    assert "ZeroDivisionError" in (out / "index.html").read_text()
+
+
+def test_profile_and_given_parameters_reach_the_notebook(folder, tmp_path):
+    out = tmp_path / "out"
+    assert runs.run("quick", only=["03"], given={"lr": 1}, folder=folder, out=out) == 0
+    executed = nbformat.read(out / "03_fine.ipynb", as_version=4)
+    assert "seeds=2 lr=1.0\n" in [o.text for c in executed.cells if c.cell_type == "code" for o in c.outputs]
+
+
+def test_text_from_notebooks_is_escaped_on_the_index_page(folder, tmp_path):
+    runs.run("quick", only=["03"], folder=folder, out=tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_a_kernel_that_dies_fails_its_notebook_alone(folder, tmp_path):
+    _notebook(folder, "04_dies", "import os\nos._exit(3)")
+    _notebook(folder, "05_fine", "print('here')")
+    assert runs.run("quick", only=["04", "05"], folder=folder, out=tmp_path / "out") == 1
+    record = {n["name"]: n for n in json.loads((tmp_path / "out" / "run.json").read_text())["notebooks"]}
+    assert record["04_dies"]["status"] == "FAILED" and "Dead" in record["04_dies"]["error"]
+    assert record["05_fine"]["status"] == "ok"
+
+
+BAD = [
+    (["--only", "99"], "unknown notebook '99'"),
+    (["--profile", "huge"], "unknown profile 'huge'"),
+    (["--profile", "on_digits"], "unknown profile 'on_digits'"),
+    (["--dataset", "cifar"], "unknown dataset 'cifar'"),
+    (["-p", "nonsense=1"], "unknown parameter 'nonsense'"),
+    (["-p", "lr"], "is not name=value"),
+    (["-p", "lr=[1"], "is not a value"),
+    (["-p", "lr=fast"], "expected float"),
+    (["-p", "lr=true"], "expected float"),
+    (["-p", "seeds=2.5"], "expected int"),
+    (["-p", "batch_sizes=64"], "expected a list"),
+    (["-p", "batch_sizes=[64, x]"], "expected int"),
+    (["-p", "batch_sizes=[0, 64]"], "expected a whole number from 1 to"),
+    (["-p", "batch_sizes=[64, 100000]"], "(the training set)"),
+    (["-p", "batch_sizes=[]"], "is empty"),
+    (["-p", "lr=0"], "finite number above 0"),
+    (["-p", "lr=-0.1"], "finite number above 0"),
+    (["-p", "lr=.inf"], "finite number above 0"),
+    (["-p", "lr=nan"], "finite number above 0"),
+    (["-p", "seeds=0"], "seeds is 0; expected at least 1"),
+    (["-p", "epochs=0"], "epochs is 0; expected at least 1"),
+    (["-p", "num_train=70000"], "num_train is 70000; expected"),
+    (["--jobs", "0"], "jobs is 0; expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_exit_2_with_nothing_written(arguments, message, tmp_path):
+    out = tmp_path / "out"
+    profile = [] if "--profile" in arguments else ["--profile", "quick"]
+    result = CliRunner().invoke(cli.main, ["run", *profile, "--out", str(out), *arguments])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+def test_an_output_folder_with_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "claims.csv").write_text("precious")
+    with pytest.raises(runs.BadInput, match="holds files already"):
+        runs.run("quick", only=["00"], out=tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["claims.csv"]
+
+
+@pytest.mark.parametrize("where", ["file/below", "/proc/companion"])
+def test_an_output_folder_that_cannot_be_written_is_refused(where, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runs.BadInput, match="cannot write into"):
+        runs.run("quick", only=["00"], out=tmp_path / where)
+
+
+def test_a_damaged_data_file_is_refused_by_its_name(tmp_path, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in data._MNIST_MD5:
+        (raw / name).write_bytes(b"damaged")
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path))
+    with pytest.raises(runs.BadInput, match="train-images-idx3-ubyte"):
+        runs.run("laptop", only=["05"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_mnist_and_network_digits_stand_in_and_it_is_said_loudly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "empty"))
+    monkeypatch.setattr(data, "_answers", lambda *_: False)
+    small = {"epochs": 2, "more_epochs": 1, "early": 1, "seeds": 2}
+    assert runs.run("laptop", only=["05"], given=small, out=tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert said.count("MNIST IS NOT HERE") == 2
+    assert "MNIST IS NOT HERE" in (tmp_path / "out" / "index.html").read_text()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["dataset"] == "digits"
+    figures = runs._figures(tmp_path / "out", "05_batch_size_switching")
+    assert figures and all("not MNIST" in f["caption"] for f in figures)
+
+
+def test_the_command_answers_without_importing_torch():
+    code = "import sys, helpers.cli, helpers.runs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    shown = subprocess.run([*COMPANION, "run", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--profile" in shown.stdout
+
+
+def test_ctrl_c_ends_with_130_and_says_what_is_kept(monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run", stop)
+    result = CliRunner().invoke(cli.main, ["run"])
+    assert result.exit_code == 130 and "Finished trainings are kept" in result.stderr

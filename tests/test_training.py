@@ -1,0 +1,423 @@
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from oracles import mlp_gradient, mlp_loss, one_replica
+
+from helpers import data, geometry
+from helpers.training import Schedule, Training, schedule
+
+BLOBS = data.load("blobs", device="cpu")
+DIGITS = data.load("digits", device="cpu")
+
+
+def plane(num_train):
+    """A dataset of points in the plane, in two classes."""
+    x = torch.randn(num_train, 2, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    return data.Dataset("plane", x, y, x[:10], y[:10], num_classes=2, fingerprint=str(num_train))
+
+
+def train(dataset=BLOBS, model="brownlee_mlp", **settings):
+    return Training(dataset, model, **settings)
+
+
+def minibatch(training, replica=0):
+    """Inputs and targets of the next step, in float64."""
+    indices = training.next_indices()[replica]
+    return training.dataset.train_inputs[indices].double().numpy(), training.dataset.train_targets[indices].numpy()
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_seconds(history):
+    return history.drop(columns="seconds")
+
+
+# Steps and epochs
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(64, 938), (256, 235), (1024, 59)])
+def test_an_epoch_of_60000_examples_takes_the_write_ups_number_of_steps(batch_size, steps):
+    training = train(plane(60_000), batch_size=batch_size).advance(epochs=1, record=False)
+    assert (training.steps, training.examples_seen) == (steps, 60_000)
+
+
+def test_the_short_last_minibatch_is_kept():
+    training, seen = train(plane(10), batch_size=4), []
+    for _ in range(4):
+        seen.append(training.examples_seen)
+        training.step()
+    assert seen == [0, 4, 8, 10]
+
+
+@pytest.mark.parametrize("batch_sizes", [(8, 32), (7, 500)])
+def test_runs_at_two_batch_sizes_see_the_same_examples_in_the_same_order(batch_sizes):
+    seen = []
+    for batch_size in batch_sizes:
+        training, mine = train(seeds=[3, 4], batch_size=batch_size), []
+        while training.epoch < 2:
+            mine.append(training.next_indices())
+            training.step()
+        seen.append(torch.cat(mine, dim=1))
+    assert torch.equal(*seen)
+    assert not torch.equal(seen[0][0], seen[0][1])  # another seed, another order
+    assert not torch.equal(seen[0][:, :500], seen[0][:, 500:])  # another epoch, another order
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 37), min_size=1, max_size=12))
+def test_changing_the_batch_size_neither_skips_nor_repeats_an_example(sizes):
+    training, seen = train(plane(37), seeds=[5], batch_size=1), []
+    while training.epoch < 2:
+        training.batch_size = sizes[training.steps % len(sizes)]
+        seen += training.next_indices()[0].tolist()
+        training.step()
+    assert seen == [*data.epoch_order(37, 5, 0).tolist(), *data.epoch_order(37, 5, 1).tolist()]
+
+
+def test_advance_takes_epochs_or_steps():
+    training = train(batch_size=100)
+    assert training.advance(steps=3, record=False).steps == 3
+    assert training.advance(epochs=1, record=False).epoch == pytest.approx(1.6)
+    for bad in ({}, {"epochs": 1, "steps": 1}):
+        with pytest.raises(ValueError, match="either epochs or steps"):
+            training.advance(**bad)
+
+
+# Updates against explicit float64 arithmetic
+
+
+@pytest.mark.parametrize("dataset", [BLOBS, DIGITS], ids=["blobs", "digits"])
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_a_step_moves_the_weights_by_lr_times_the_mean_gradient(dataset, batch_size):
+    training = train(dataset, seeds=[0, 1], batch_size=batch_size, lr=0.1)
+    training.advance(steps=3, record=False)
+    before, minibatches = training.weights(), [minibatch(training, replica) for replica in range(2)]
+    training.step()
+    for replica in range(2):
+        old, new = (one_replica(w, replica) for w in (before, training.weights()))
+        for name, g in mlp_gradient(old, *minibatches[replica]).items():
+            np.testing.assert_allclose(new[name] - old[name], -0.1 * g, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_momentum_accumulates_the_gradients():
+    training = train(batch_size=20, lr=0.05, momentum=0.9)
+    w = one_replica(training.weights())
+    v = {name: np.zeros_like(value) for name, value in w.items()}
+    for _ in range(3):
+        gradient = mlp_gradient(w, *minibatch(training))
+        for name, g in gradient.items():
+            v[name] = 0.9 * v[name] + g
+            w[name] -= 0.05 * v[name]
+        training.step()
+    for name, value in one_replica(training.weights()).items():
+        np.testing.assert_allclose(value, w[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adams_first_step_moves_each_weight_by_lr_against_its_gradients_sign(optimizer):
+    training = train(batch_size=50, lr=0.003, optimizer=optimizer)
+    before = one_replica(training.weights())
+    gradient = mlp_gradient(before, *minibatch(training))
+    training.step()
+    for name, after in one_replica(training.weights()).items():
+        clear = np.abs(gradient[name]) > 1e-4
+        assert clear.any()
+        np.testing.assert_allclose((after - before[name])[clear], -0.003 * np.sign(gradient[name])[clear], rtol=1e-3)
+
+
+def test_adam_follows_its_recursion_with_the_betas_given():
+    training = train(batch_size=25, lr=0.01, optimizer="adam", betas=(0.8, 0.95))
+    w = one_replica(training.weights())
+    m, v = ({name: np.zeros_like(value) for name, value in w.items()} for _ in range(2))
+    for t in (1, 2, 3):
+        for name, g in mlp_gradient(w, *minibatch(training)).items():
+            m[name] = 0.8 * m[name] + 0.2 * g
+            v[name] = 0.95 * v[name] + 0.05 * g**2
+            w[name] -= 0.01 * (m[name] / (1 - 0.8**t)) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
+        training.step()
+    for name, value in one_replica(training.weights()).items():
+        np.testing.assert_allclose(value, w[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_weight_decay_shrinks_the_weights():
+    training = train(batch_size=50, lr=0.1, weight_decay=0.5)
+    old = one_replica(training.weights())
+    gradient = mlp_gradient(old, *minibatch(training))
+    training.step()
+    for name, new in one_replica(training.weights()).items():
+        np.testing.assert_allclose(new, old[name] - 0.1 * (gradient[name] + 0.5 * old[name]), rtol=1e-4, atol=1e-6)
+
+
+# Settings that change while it trains
+
+
+def test_batch_size_and_lr_set_between_steps_act_on_the_next_one():
+    training = train(batch_size=100, lr=0.1)
+    training.step()
+    training.batch_size, training.lr = 7, 0.02
+    assert (training.batch_size, training.lr) == (7, 0.02)
+    old = one_replica(training.weights())
+    gradient = mlp_gradient(old, *minibatch(training))
+    training.step()
+    assert training.examples_seen == 107
+    new = one_replica(training.weights())
+    np.testing.assert_allclose(new["head.bias"] - old["head.bias"], -0.02 * gradient["head.bias"], rtol=1e-3, atol=1e-7)
+
+
+def test_a_schedule_holds_each_value_from_its_epoch_on():
+    switch = schedule({30: 64, 0: 1024})
+    assert [switch(e) for e in (0, 29.99, 30, 99)] == [1024, 1024, 64, 64]
+    assert str(switch) == "1024@0→64@30"
+
+
+def test_a_linear_schedule_joins_its_points_by_lines():
+    warmup = schedule({0: 0.1, 4: 0.5, 6: 0.3}, linear=True)
+    np.testing.assert_allclose([warmup(e) for e in (0, 1, 4, 5, 6, 99)], [0.1, 0.2, 0.5, 0.4, 0.3, 0.3])
+    assert str(warmup) == "0.1@0~0.5@4~0.3@6"
+
+
+@pytest.mark.parametrize("points", [{}, {1: 64}, {-1: 8, 1: 64}])
+def test_a_schedule_begins_at_epoch_0(points):
+    with pytest.raises(ValueError, match="begins at epoch 0"):
+        schedule(points)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["in steps", "linear"])
+@pytest.mark.parametrize("end", [2, 5, 20])
+def test_the_part_of_a_schedule_before_an_epoch_has_the_schedules_values(end, linear):
+    whole = schedule({0: 1.0, 2: 4.0, 8: 2.0}, linear=linear)
+    part = whole.until(end)
+    for epoch in np.arange(0, end, 0.25):
+        value = part(epoch) if isinstance(part, Schedule) else part
+        assert value == pytest.approx(whole(epoch)), epoch
+
+
+def test_schedules_that_agree_before_an_epoch_have_the_same_part_there():
+    assert schedule({0: 1024, 2: 64}).until(2) == schedule({0: 1024, 3: 8}).until(2) == 1024
+    assert schedule({0: 8, 1: 4, 3: 2}).until(3) == schedule({0: 8, 1: 4}) == schedule({0: 8, 1: 4, 5: 1}).until(4)
+
+
+def test_a_scheduled_batch_size_acts_at_the_first_step_of_its_epoch():
+    training, sizes = train(batch_size=schedule({0: 100, 0.5: 50, 2: 200})), []
+    while training.epoch < 3:
+        before = training.examples_seen
+        training.step()
+        sizes.append(training.examples_seen - before)
+    assert sizes == [*[100] * 3, *[50] * 4, *[50] * 10, 200, 200, 100]
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["in steps", "linear"])
+def test_a_scheduled_lr_acts_on_each_step(linear):
+    training, moved = train(batch_size=100, lr=schedule({0: 0.1, 1: 0.6}, linear=linear)), []
+    for _ in range(7):
+        old = one_replica(training.weights())
+        gradient = mlp_gradient(old, *minibatch(training))["head.bias"]
+        training.step()
+        step = one_replica(training.weights())["head.bias"] - old["head.bias"]
+        moved.append(-step @ gradient / (gradient @ gradient))
+    expected = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6] if linear else [*[0.1] * 5, 0.6, 0.6]
+    np.testing.assert_allclose(moved, expected, rtol=1e-3)
+
+
+# Replicas
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adam"}])
+def test_a_stack_of_seeds_equals_single_runs(options):
+    stack = train(seeds=range(5), batch_size=60, **options).advance(epochs=2)
+    for replica in range(5):
+        single = train(seeds=[replica], batch_size=60, **options).advance(epochs=2)
+        for name, w in single.weights().items():
+            torch.testing.assert_close(w[0], stack.weights()[name][replica], rtol=1e-4, atol=1e-5)
+        mine = stack.history.query("seed == @replica")
+        np.testing.assert_allclose(mine["test_loss"], single.history["test_loss"], rtol=1e-4)
+
+
+def test_a_stack_of_large_networks_equals_single_runs_to_the_bit():
+    stack = train(DIGITS, "shen_mlp", seeds=[0, 1, 2]).advance(steps=4)
+    for replica in range(3):
+        single = train(DIGITS, "shen_mlp", seeds=[replica]).advance(steps=4)
+        assert all(torch.equal(w[0], stack.weights()[name][replica]) for name, w in single.weights().items())
+
+
+def test_two_runs_are_identical_to_the_bit():
+    first, second = (train(seeds=[0, 1], batch_size=30, momentum=0.9).advance(epochs=2) for _ in range(2))
+    assert same(first.weights(), second.weights())
+    assert without_seconds(first.history).equals(without_seconds(second.history))
+
+
+# Divergence
+
+
+def test_divergence_is_recorded_at_the_first_step_whose_loss_is_not_finite():
+    by_hand = train(batch_size=50, lr=1e3)
+    while True:
+        logits = by_hand.model(BLOBS.train_inputs[by_hand.next_indices()])[0]
+        loss = torch.nn.functional.cross_entropy(logits, BLOBS.train_targets[by_hand.next_indices()[0]])
+        if not loss.isfinite():
+            break
+        by_hand.step()
+    history = train(batch_size=50, lr=1e3).advance(epochs=3).history
+    assert by_hand.steps > 0
+    assert history["diverged_at"].isna().tolist() == [True, False, False, False]
+    assert set(history["diverged_at"][1:]) == {by_hand.steps + 1}
+    assert history["test_loss"][1:].isna().all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_replica_that_diverges_leaves_the_others_alone(poison):
+    stack, single = (train(seeds=seeds, batch_size=50, momentum=0.9) for seeds in ([0, 1], [1]))
+    with torch.no_grad():
+        stack.model.layers[0].weight[0] = poison
+    histories = [training.advance(epochs=2).history.query("seed == 1") for training in (stack, single)]
+    assert stack.history.query("seed == 0")["diverged_at"].iloc[-1] <= 1
+    assert histories[0]["diverged_at"].isna().all()
+    np.testing.assert_allclose(histories[0]["test_loss"], histories[1]["test_loss"], rtol=1e-4)
+    for name, w in single.weights().items():
+        torch.testing.assert_close(w[0], stack.weights()[name][1], rtol=1e-4, atol=1e-5)
+
+
+# What is recorded
+
+
+@pytest.mark.parametrize("batch_size", [64, 300])
+def test_an_epochs_loss_is_averaged_by_examples(batch_size):
+    history = train(batch_size=batch_size, lr=1e-12).advance(epochs=1).history
+    assert history["minibatch_loss"].iloc[-1] == pytest.approx(history["train_loss"].iloc[0], rel=1e-6)
+
+
+def test_evaluate_is_the_explicit_mean_of_losses_and_hits():
+    training = train(seeds=[0, 1]).advance(steps=5, record=False)
+    loss, accuracy = training.evaluate(BLOBS.test_inputs, BLOBS.test_targets)
+    inputs, targets = BLOBS.test_inputs.double().numpy(), BLOBS.test_targets.numpy()
+    for replica in range(2):
+        w = one_replica(training.weights(), replica)
+        hidden = np.maximum(inputs @ w["layers.0.weight"].T + w["layers.0.bias"], 0)
+        predicted = (hidden @ w["head.weight"].T + w["head.bias"]).argmax(1)
+        assert loss[replica].item() == pytest.approx(mlp_loss(w, inputs, targets), rel=1e-5)
+        assert accuracy[replica].item() == (predicted == targets).mean()
+
+
+def test_evaluate_counts_every_example_of_a_set_larger_than_a_chunk():
+    dataset = plane(4_500)
+    training = train(dataset)
+    whole = training.evaluate(dataset.train_inputs, dataset.train_targets)[0].item()
+    parts = [training.evaluate(dataset.train_inputs[i : i + 1500], dataset.train_targets[i : i + 1500])[0].item()
+             for i in (0, 1500, 3000)]  # fmt: skip
+    assert whole == pytest.approx(np.mean(parts), rel=1e-6)
+
+
+def test_evaluating_does_not_change_the_training():
+    quiet, recorded = (train(batch_size=50, momentum=0.9).advance(epochs=2, record=r) for r in (False, True))
+    assert same(quiet.weights(), recorded.weights())
+    assert len(recorded.history) == 3
+
+
+def test_the_history_has_a_row_per_record_and_replica():
+    training = train(seeds=[7, 3], batch_size=200, lr=0.05, measures=geometry.distances).advance(epochs=2)
+    history = training.history
+    assert history["seed"].tolist() == [7] * 3 + [3] * 3
+    one = history.query("seed == 7")
+    assert one["epochs"].tolist() == [0, 1, 2]
+    assert one["steps"].tolist() == [0, 3, 6]
+    assert one["examples_seen"].tolist() == [0, 500, 1000]
+    assert one["seconds"].is_monotonic_increasing
+    assert set(one["batch_size_now"]) == {200}
+    assert set(one["lr_now"]) == {0.05}
+    assert set(one["replicas"]) == {2}
+    assert one["minibatch_loss"].isna().tolist() == [True, False, False]
+    gap = history["train_accuracy"] - history["test_accuracy"]
+    np.testing.assert_allclose(history["generalization_gap"], gap, atol=1e-12)
+    assert history["test_accuracy"].between(0, 1).all()
+    assert one["distance_from_init"].iloc[0] == 0
+    assert one["distance_from_init"].iloc[-1] > 0
+
+
+def test_record_steps_adds_records_counted_from_the_start():
+    training = train(batch_size=200).advance(steps=2, record_steps=[1, 5]).advance(steps=4, record_steps=[1, 5])
+    assert training.history["steps"].tolist() == [0, 1, 3, 5, 6]
+
+
+# Going on from a state
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"optimizer": "adam"}], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+def test_a_resumed_training_continues_to_the_bit(options, unit):
+    def new():
+        return train(seeds=[0, 4], batch_size=schedule({0: 60, 3: 20}), lr=schedule({0: 0.1, 3: 0.05}), **options)
+
+    through, first, resumed = new(), new(), new()
+    for training in (through, first):
+        training.advance(**{unit: 2}).record()
+    resumed.resume(first.state(), first.history)
+    assert (resumed.steps, resumed.examples_seen) == (first.steps, first.examples_seen)
+    for training in (through, resumed):
+        training.advance(epochs=2)
+    assert same(through.weights(), resumed.weights())
+    assert without_seconds(through.history).equals(without_seconds(resumed.history))
+
+
+def test_two_trainings_may_go_on_from_one_state():
+    first = train(batch_size=50, optimizer="adam").advance(epochs=1)
+    state, branches = first.state(), [train(batch_size=50, optimizer="adam") for _ in range(2)]
+    for branch in branches:
+        branch.resume(state, first.history)
+        branch.advance(epochs=1)
+    assert same(branches[0].weights(), branches[1].weights())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, math.nan, math.inf, 501, "64", None])
+def test_a_bad_batch_size_is_refused(batch_size):
+    for attempt in (batch_size, Schedule(((0, 10), (1, batch_size)))):
+        with pytest.raises(ValueError, match="whole number from 1 to 500"):
+            train(batch_size=attempt)
+
+
+def test_a_refused_batch_size_or_lr_leaves_the_old_one():
+    training = train(batch_size=50, lr=0.1)
+    for name, bad in (("batch_size", 501), ("lr", 0)):
+        with pytest.raises(ValueError, match=name):
+            setattr(training, name, bad)
+    assert (training.batch_size, training.lr) == (50, 0.1)
+
+
+@pytest.mark.parametrize("lr", [0, -1, math.nan, math.inf, "x", None, True])
+def test_a_bad_lr_is_refused(lr):
+    for attempt in (lr, Schedule(((0, 0.1), (1, lr)))):
+        with pytest.raises(ValueError, match="finite number above 0"):
+            train(lr=attempt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": []}, "no seeds"),
+        ({"optimizer": "lion"}, "'lion'.*sgd, adam, adamw"),
+        ({"model": "resnet"}, "unknown model"),
+        ({"momentum": 1}, "momentum is 1"),
+        ({"momentum": -0.1}, "momentum is -0.1"),
+        ({"momentum": math.nan}, "momentum is nan"),
+        ({"momentum": 0.9, "optimizer": "adam"}, "with sgd alone"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(**options)
+
+
+def test_shens_network_learns_mnist(mnist_root):
+    mnist = data.load("mnist", num_train=3_000, root=mnist_root, device="cpu")
+    training = train(mnist, "shen_mlp", batch_size=64, measures=geometry.distances).advance(epochs=2)
+    assert training.history["test_accuracy"].iloc[-1] > 0.75
+    assert training.history["weight_norm"].iloc[0] == pytest.approx(43.95, abs=0.1)
