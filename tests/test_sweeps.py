@@ -92,14 +92,18 @@ def test_more_records_where_asked():
 
 
 def test_results_are_the_same_to_the_bit_in_one_process_and_in_two(tmp_path, monkeypatch):
+    real, here = sweeps._one_thread, []
+    monkeypatch.setattr(sweeps, "_one_thread", lambda: here.append(1) or real())
     monkeypatch.setattr(sweeps, "_WORTH_WORKERS", 0.0)
     settings = [*sweeps.grid(BLOBS, batch_size=[50, 100]), SHEN]
-    one, two, again = (
-        sweeps.run(settings, 2, jobs=jobs, store=Store(tmp_path / name))
-        for name, jobs in (("a", 1), ("b", 2), ("c", 1))
-    )
-    assert_same(one, two)
+    one = sweeps.run(settings, 2, jobs=1, store=Store(tmp_path / "a"))
+    again = sweeps.run(settings, 2, jobs=1, store=Store(tmp_path / "b"))
+    assert here
+    here.clear()
+    two = sweeps.run(settings, 2, jobs=2, store=Store(tmp_path / "c"))
+    assert not here  # the jobs ran elsewhere
     assert_same(one, again)
+    assert_same(one, two)
 
 
 def test_what_the_store_has_is_not_computed_again(monkeypatch):
@@ -108,6 +112,11 @@ def test_what_the_store_has_is_not_computed_again(monkeypatch):
     monkeypatch.setattr(sweeps, "_train", not_again)
     second = sweeps.run([s | {"batch_size": float(s["batch_size"])} for s in settings], [0, 1])
     assert_same(first, second.astype({"batch_size": int}))
+
+
+def test_one_setting_said_in_two_ways_is_one_run():
+    frame = sweeps.run([BLOBS, BLOBS | {"lr": 0.05, "num_train": 500, "batch_size": 100.0}], 1)
+    assert frame["run"].nunique() == len(stored()) == 1
 
 
 def test_each_setting_is_part_of_the_key():
@@ -294,12 +303,12 @@ def test_measure_applies_a_protocol_to_the_weights_after_each_epoch(monkeypatch,
     blobs = data.load("blobs", device="cpu")
     training = Training(blobs, "brownlee_mlp", seeds=[1, 5], batch_size=100, lr=0.05)
     for epoch in (0, 2):
+        after = frame[frame["epoch"] == epoch].sort_values(["trial", "measured_batch_size"])
         for replica, seed in enumerate((1, 5)):
             weights = {name: w[replica : replica + 1] for name, w in training.weights().items()}
             function = getattr(gradients, protocol)
             direct = function(blobs, "brownlee_mlp", weights, seed=seed, **options | {"trials": range(12)})
-            mine = frame.query("epoch == @epoch and seed == @seed").sort_values(["trial", "measured_batch_size"])
-            direct = direct.sort_values(["trial", "batch_size"])
+            direct, mine = direct.sort_values(["trial", "batch_size"]), after[after["seed"] == seed]
             assert mine["trial"].tolist() == direct["trial"].tolist()
             assert mine["measured_batch_size"].tolist() == direct["batch_size"].tolist()
             np.testing.assert_allclose(mine["gradient_norm"], direct["gradient_norm"], rtol=1e-4)
@@ -313,6 +322,12 @@ def test_measure_applies_a_protocol_to_the_weights_after_each_epoch(monkeypatch,
 def test_measuring_after_an_epoch_that_is_not_trained_is_refused(epoch):
     with pytest.raises(ValueError, match=f"epoch {epoch} is not within a training of 2 epochs"):
         sweeps.measure("frozen", [BLOBS], 1, epochs=[0, epoch], batch_sizes=[4], trials=1)
+    assert stored() == []
+
+
+def test_measuring_a_batch_larger_than_the_draw_is_refused_before_anything_starts():
+    with pytest.raises(ValueError, match="batch_size is 33"):
+        sweeps.measure("walk", [BLOBS], 1, epochs=[0], batch_sizes=[4, 33], trials=1, draw_size=32)
     assert stored() == []
 
 

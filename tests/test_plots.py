@@ -1,0 +1,180 @@
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from PIL import Image
+
+from helpers import plots
+
+SIZES = [2**i for i in range(11)]
+
+
+@pytest.fixture(autouse=True)
+def never_shown(monkeypatch):
+    """A figure is never shown, and closed after the test."""
+    monkeypatch.setattr(plt, "show", lambda *a, **k: pytest.fail("plt.show() was called"))
+    plots.use_style()
+    yield
+    plt.close("all")
+
+
+def histories(batch_sizes=(8, 64), seeds=5):
+    """Seeds whose accuracy is (seed² + epoch) / batch size, in seconds that differ from seed to seed."""
+    rows = [
+        {"batch_size": b, "seed": s, "epochs": e, "test_accuracy": (s**2 + e) / b, "seconds": e + s}
+        for b in batch_sizes
+        for s in range(seeds)
+        for e in range(4)
+    ]
+    return pd.DataFrame(rows)
+
+
+def a_figure():
+    ax = plots.curves(histories(), "test_accuracy")
+    ax.set_title("Smaller is steeper")
+    ax.legend()
+    return ax
+
+
+def test_batch_sizes_from_1_to_1024_have_distinct_colours():
+    colours = np.array([plots.colour(b) for b in SIZES])
+    assert min(np.abs(a - b).max() for i, a in enumerate(colours) for b in colours[:i]) > 0.02
+    assert np.array_equal(colours, [plots.colour(float(b)) for b in SIZES])
+
+
+def test_a_batch_size_has_its_colour_in_every_figure():
+    for others in ((64,), (8, 64), (64, 8, 1024)):
+        lines = {line.get_label(): line for line in plots.curves(histories(others), "test_accuracy").get_lines()}
+        assert to_rgba(lines["batch 64"].get_color()) == to_rgba(plots.colour(64))
+        at_end = histories(others).query("epochs == 3")
+        dots = plots.against_batch_size(at_end, "test_accuracy").collections[0]
+        expected = [to_rgba(plots.colour(b), alpha=0.7) for b in at_end["batch_size"]]
+        np.testing.assert_allclose(dots.get_facecolors(), expected)
+
+
+def test_curves_draw_the_median_over_seeds_and_a_band():
+    ax = plots.curves(histories(), "test_accuracy")
+    assert [line.get_label() for line in ax.get_lines()] == ["batch 8", "batch 64"]
+    for batch_size, line, band in zip((8, 64), ax.get_lines(), ax.collections):
+        epochs = np.arange(4)
+        np.testing.assert_array_equal(line.get_xdata(), epochs)
+        np.testing.assert_allclose(line.get_ydata(), (4 + epochs) / batch_size)  # of 0, 1, 4, 9, 16; the mean is 6
+        low, high = (np.quantile([0, 1, 4, 9, 16], q) for q in (0.025, 0.975))
+        corners = {(x, round(y, 9)) for x, y in band.get_paths()[0].vertices}
+        for epoch in epochs:
+            for edge in (low, high):
+                assert (epoch, round((edge + epoch) / batch_size, 9)) in corners
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epochs", "test accuracy")
+
+
+def test_curves_against_seconds_take_the_mean_time_of_a_record():
+    line = plots.curves(histories(), "test_accuracy", x="seconds").get_lines()[0]
+    np.testing.assert_allclose(line.get_xdata(), np.arange(4) + 2.0)
+
+
+def test_curves_may_be_told_apart_by_anything_with_labels_and_colours():
+    frame = histories().assign(model="cnn")
+    ax = plots.curves(frame, "test_accuracy", by="model", labels={"cnn": "a CNN"}, colours={"cnn": "red"})
+    assert [line.get_label() for line in ax.get_lines()] == ["a CNN"]
+    assert to_rgba(ax.get_lines()[0].get_color()) == to_rgba("red")
+
+
+def test_against_batch_size_draws_a_dot_a_row_and_a_line_through_the_medians():
+    frame = histories((8, 64, 512)).query("epochs == 0")
+    ax = plots.against_batch_size(frame, "test_accuracy", label="median")
+    dots = ax.collections[0].get_offsets()
+    np.testing.assert_allclose(dots, frame[["batch_size", "test_accuracy"]])
+    line = ax.get_lines()[0]
+    np.testing.assert_allclose(line.get_xydata(), [(8, 4 / 8), (64, 4 / 64), (512, 4 / 512)])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["8", "64", "512"]
+    assert ax.get_xlabel() == "batch size"
+
+
+def test_theory_takes_points_or_a_function():
+    ax = plt.subplots()[1]
+    plots.theory(ax, [1, 4], [1.0, 2.0], "points")
+    plots.theory(ax, [1, 4], np.sqrt, "function")
+    for line in ax.get_lines():
+        np.testing.assert_allclose(line.get_xydata(), [(1, 1), (4, 2)])
+
+
+def test_histograms_share_their_bins():
+    frame = pd.DataFrame({"batch_size": [2] * 50 + [64] * 50, "gradient_norm": np.arange(100.0)})
+    ax = plots.histograms(frame, "gradient_norm", by="batch_size", bins=10)
+    labels = [text.get_text() for text in ax.legend().get_texts()]
+    assert labels == ["batch 2", "batch 64"]
+    for patch in ax.patches:
+        xy = patch.get_xy()
+        assert set(np.round(xy[:, 0], 6)) <= set(np.round(np.linspace(0, 99, 11), 6))
+        assert xy[:, 1].max() == 10
+    assert ax.get_xlabel() == "gradient norm"
+
+
+def test_a_heat_table_writes_each_cells_text():
+    frame = pd.DataFrame({"batch_size": [8, 8, 64, 64], "lr": [0.1, 0.2] * 2, "w": [1.0, 2, 3, 4], "t": list("abcd")})
+    ax = plots.heat_table(frame, rows="batch_size", columns="lr", value="w", text="t")
+    assert [text.get_text() for text in ax.texts] == list("abcd")
+    np.testing.assert_array_equal(np.ma.getdata(ax.collections[0].get_array()).ravel(), [1, 2, 3, 4])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("learning rate", "batch size")
+
+
+def test_functions_draw_into_the_axes_given_and_return_them():
+    frame = histories((8, 64)).assign(lr=0.1, text="x", x=1.0)
+    end = frame.query("epochs == 3 and seed == 0")
+    for draw in (
+        lambda ax: plots.curves(frame, "test_accuracy", ax=ax),
+        lambda ax: plots.against_batch_size(frame, "test_accuracy", ax=ax),
+        lambda ax: plots.histograms(frame, "test_accuracy", by="batch_size", ax=ax),
+        lambda ax: plots.heat_table(end, rows="batch_size", columns="lr", value="test_accuracy", text="text", ax=ax),
+        lambda ax: plots.scatter_classes(frame[["x", "test_accuracy"]].to_numpy(), frame["seed"].to_numpy(), ax=ax),
+    ):
+        ax = plt.subplots()[1]
+        assert draw(ax) is ax
+        assert isinstance(draw(None), Axes)
+        plt.close("all")
+
+
+def test_drawing_leaves_the_frame_alone():
+    frame = histories()
+    before = frame.copy()
+    plots.curves(frame, "test_accuracy")
+    plots.against_batch_size(frame, "test_accuracy")
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_save_writes_a_png_with_title_and_caption_and_an_svg(tmp_path):
+    figure = plots.save(a_figure(), "steeper", tmp_path, "blobs, n = 5 seeds. " + plots.BAND)
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["steeper.png", "steeper.svg"]
+    with Image.open(tmp_path / "figures/steeper.png") as image:
+        assert image.text["Title"] == "Smaller is steeper"
+        assert image.text["Description"] == "blobs, n = 5 seeds. " + plots.BAND
+        assert image.size == (960, 552)
+    assert "<svg" in (tmp_path / "figures/steeper.svg").read_text()
+    assert "n = 5 seeds" in figure.get_supxlabel()
+
+
+def test_a_title_too_long_for_its_figure_is_wrapped_there_and_whole_in_the_png(tmp_path):
+    title, ax = "A finding that takes very many words " * 5, a_figure()
+    ax.set_title(title.strip())
+    plots.save(ax, "long", tmp_path, "n = 5")
+    assert "\n" in ax.get_title(loc="left")
+    with Image.open(tmp_path / "figures/long.png") as image:
+        assert image.text["Title"] == title.strip()
+
+
+def test_the_same_figure_is_the_same_svg_to_the_byte(tmp_path):
+    for folder in ("a", "b"):
+        plots.save(a_figure(), "steeper", tmp_path / folder, "n = 5")
+    first, second = ((tmp_path / folder / "figures/steeper.svg").read_bytes() for folder in ("a", "b"))
+    assert first == second
+
+
+@pytest.mark.parametrize("module", ["plots", "store", "claims", "runs", "cli"])
+def test_modules_that_need_no_torch_import_none(module):
+    code = f"import sys, helpers.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
