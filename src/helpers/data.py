@@ -11,6 +11,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 import urllib.request
 import warnings
 import zlib
@@ -216,8 +217,9 @@ def _answers(mirrors: list[str], file: str, patience: float) -> bool:
 
     for mirror in mirrors:
         threading.Thread(target=ask, args=(mirror,), daemon=True).start()
+    deadline = time.monotonic() + patience
     try:
-        return any(replies.get(timeout=patience) for _ in mirrors)
+        return any(replies.get(timeout=max(0.0, deadline - time.monotonic())) for _ in mirrors)
     except queue.Empty:
         return False
 

@@ -11,7 +11,8 @@ from scipy import stats
 
 
 def _squared_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: t.flatten(1).double().square().sum(1) for name, t in tensors.items()}
+    # On the CPU, because not every device has float64.
+    return {name: t.detach().flatten(1).cpu().double().square().sum(1) for name, t in tensors.items()}
 
 
 def weight_norm(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

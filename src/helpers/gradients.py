@@ -112,7 +112,7 @@ def frozen(
                     scaled = gradient.sum(0, keepdim=True) * share(minibatches.shape[1], draw_size)
                     total[name] = total[name] + scaled if name in total else scaled
                     if full is not None and minibatches.shape[1] == batch_size:
-                        squared_distance += float((gradient - full).double().square().sum())
+                        squared_distance += float((gradient - full).cpu().double().square().sum())
                         count += len(gradient)
             row = _rows(total, batch_size, [trial])
             if full is not None:
@@ -165,17 +165,17 @@ def _full_gradient(dataset: data.Dataset, net: models.Model) -> torch.Tensor:
     """The last layer's gradient of the mean loss over the training set, in chunks: ``(1, classes, features)``."""
     chunks = torch.arange(dataset.num_train, device=dataset.device).split(2_000)
     gradients = [
-        gradient.double() * share(len(chunk), dataset.num_train)
+        gradient.cpu().double() * share(len(chunk), dataset.num_train)
         for chunk in chunks
         for _, gradient in _minibatch_gradients(dataset, net, chunk.unsqueeze(0), ["head.weight"])
     ]
-    return torch.stack(gradients).sum(0).float()
+    return torch.stack(gradients).sum(0).float().to(dataset.device)
 
 
 def _rows(total: Mapping[str, torch.Tensor], batch_size: int, trials: Sequence[int]) -> list[dict[str, float]]:
-    squared = {name: g.flatten(1).double().square().sum(1) for name, g in total.items()}
+    squared = {name: g.flatten(1).cpu().double().square().sum(1) for name, g in total.items()}
     last = total["head.weight"].flatten(1)
-    tail = (last.abs() > TAIL).double().mean(1)
+    tail = (last.abs() > TAIL).float().mean(1)
     rows = []
     for i, trial in enumerate(trials):
         row = {"batch_size": batch_size, "trial": trial, "gradient_norm": squared["head.weight"][i].sqrt().item()}

@@ -23,7 +23,6 @@ from helpers import data, models
 NUMERICS = 1
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-_EVALUATION_CHUNK = 2_000  # examples a forward pass: large enough for full speed, small enough for a CNN in memory
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class Training:
         if self._measures is not None:
             with torch.no_grad():
                 measured = self._measures(self.model, self.initial_weights)
-            row |= {name: value.double().cpu() for name, value in measured.items()}
+            row |= {name: value.cpu().double() for name, value in measured.items()}
         self._records.append(row)
 
     def _running_loss(self) -> torch.Tensor:
@@ -238,7 +237,7 @@ class Training:
         if not self._losses:
             return torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
         sizes = torch.tensor([size for size, _ in self._losses], dtype=torch.float64)
-        losses = torch.stack([loss for _, loss in self._losses]).double().cpu()
+        losses = torch.stack([loss for _, loss in self._losses]).cpu().double()
         first_step = self.steps - len(self._losses) + 1
         bad = ~losses.isfinite()
         at = torch.where(bad.any(0), (first_step + bad.int().argmax(0)).double(), math.nan)
@@ -251,13 +250,13 @@ class Training:
         """Mean loss and accuracy (0 to 1) of every replica over a set of examples: two float64 ``(replicas,)``."""
         loss = torch.zeros(self.model.replicas, dtype=torch.float64)
         correct = torch.zeros_like(loss)
-        for start in range(0, len(targets), _EVALUATION_CHUNK):
-            x, y = inputs[start : start + _EVALUATION_CHUNK], targets[start : start + _EVALUATION_CHUNK]
+        chunk = self.model.evaluation_chunk if inputs.is_cpu else 10_000
+        for x, y in zip(inputs.split(chunk), targets.split(chunk)):
             logits = self.model(x.expand(self.model.replicas, *x.shape))
             y = y.expand(self.model.replicas, -1)
             losses = F.cross_entropy(logits.flatten(0, 1), y.reshape(-1), reduction="none").view(y.shape)
-            loss += losses.sum(1).double().cpu()
-            correct += (logits.argmax(-1) == y).sum(1).double().cpu()
+            loss += losses.sum(1).cpu().double()
+            correct += (logits.argmax(-1) == y).sum(1).cpu().double()
         return loss / len(targets), correct / len(targets)
 
     @property
