@@ -50,7 +50,7 @@ def test_both_protocols_equal_an_explicit_loop(protocol, layers):
         expected = explicit_sum(row["trial"], row["batch_size"], 48, steps.get("lr", 0.0), seed=2)
         last = expected["head.weight"]
         assert row["gradient_norm"] == pytest.approx(np.linalg.norm(last), rel=1e-4)
-        assert row["tail_fraction"] == pytest.approx((np.abs(last) > 0.0082).mean(), abs=1e-9)
+        assert row["tail_fraction"] == pytest.approx((np.abs(last) > 0.0082).mean(), abs=1e-6)  # of 500
         if layers == "all":
             for name, g in expected.items():
                 assert row[f"gradient_norm/{name}"] == pytest.approx(np.linalg.norm(g), rel=1e-4)

@@ -1,11 +1,13 @@
 import json
 import multiprocessing
+import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from helpers import store as store_module
 from helpers.store import Store, key_of
@@ -186,6 +188,19 @@ def test_processes_may_write_at_once(store_folder):
     for key in shared:
         assert set(store.arrays(key)["x"]) == set(store.frame(key)["worker"])
     assert entries(store) == sorted([*keys, *shared])
+
+
+def test_a_writer_waits_for_another_one(store_folder):
+    store = Store()
+    key = store.put(CONTENT, FRAME)
+    writer = threading.Thread(target=store.put, args=(CONTENT, FRAME.assign(steps=5)))
+    with FileLock(store_folder / ".lock"):
+        writer.start()
+        writer.join(0.5)
+        assert writer.is_alive()
+        assert store.frame(key)["steps"].tolist() == FRAME["steps"].tolist()
+    writer.join()
+    assert store.frame(key)["steps"].tolist() == [5, 5]
 
 
 def test_a_reader_does_not_set_aside_the_entry_that_replaces_the_one_it_reads(monkeypatch):

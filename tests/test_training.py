@@ -365,6 +365,17 @@ def test_a_resumed_training_continues_to_the_bit(options, unit):
     assert without_seconds(through.history).equals(without_seconds(resumed.history))
 
 
+def test_a_resumed_training_remembers_which_replica_diverged_and_when():
+    first, resumed = (train(seeds=[0, 1], batch_size=50) for _ in range(2))
+    first.advance(steps=3)
+    with torch.no_grad():
+        first.model.head.weight[0] = math.nan
+    first.advance(epochs=0.7).record()
+    resumed.resume(first.state(), first.history)
+    last = resumed.advance(epochs=1).history.groupby("seed")["diverged_at"].last
+    assert last(skipna=False).tolist() == [4, pytest.approx(math.nan, nan_ok=True)]
+
+
 def test_two_trainings_may_go_on_from_one_state():
     first = train(batch_size=50, optimizer="adam").advance(epochs=1)
     state, branches = first.state(), [train(batch_size=50, optimizer="adam") for _ in range(2)]

@@ -305,6 +305,15 @@ class Ledger:
         return file
 
 
+def read(file: Path) -> pd.DataFrame:
+    """A table that ``save`` wrote."""
+    return pd.read_csv(file, dtype={"part": str, "published": str})
+
+
+def _text(column: pd.Series) -> pd.Series:
+    return column.map(lambda value: "" if pd.isna(value) else str(value)).astype(str)
+
+
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One verdict per claim, from the parts that count: all reproduced; else any that is not; else inconclusive."""
     rows = []
@@ -314,7 +323,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         verdict = next(iter(verdicts)) if len(verdicts) == 1 else INCONCLUSIVE
         if NOT_REPRODUCED in verdicts:
             verdict = NOT_REPRODUCED
-        why = "; ".join(dict.fromkeys((parts if counted.empty else counted)["why"].fillna("")))
+        why = "; ".join(dict.fromkeys(_text((parts if counted.empty else counted)["why"])))
         first = parts.iloc[0]
         rows.append({
             "claim": claim_id, "statement": first["statement"], "source": first["source"],
@@ -342,7 +351,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     ]
     return pd.DataFrame({
         "claim": table["claim"], "part": table["part"], "measured": table["measured"],
-        "published": table["published"].fillna("") + " (" + table["known"].fillna("") + ")",
+        "published": _text(table["published"]) + " (" + _text(table["known"]) + ")",
         "ours [95 %]": ours, "n": table["n"], "rule": table["rule"], "verdict": table["verdict"],
-        "why": table["why"].fillna(""),
+        "why": _text(table["why"]),
     })  # fmt: skip

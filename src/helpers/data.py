@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import http.client
 import os
 import queue
 import shutil
@@ -212,7 +213,7 @@ def _answers(mirrors: list[str], file: str, patience: float) -> bool:
             request = urllib.request.Request(mirror + file, method="HEAD", headers={"User-Agent": "companion"})
             with urllib.request.urlopen(request, timeout=patience):
                 replies.put(True)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             replies.put(False)
 
     for mirror in mirrors:

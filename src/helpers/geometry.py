@@ -28,12 +28,11 @@ def distances(model: torch.nn.Module, initial_weights: Mapping[str, torch.Tensor
     """
     now = {name: p.detach() for name, p in model.named_parameters()}
     squared = _squared_norms({name: now[name] - initial_weights[name] for name in now})
-    biases = sum(v for name, v in squared.items() if name.endswith("bias"))
-    total = sum(squared.values())
+    biases, weights = (sum(v for name, v in squared.items() if name.endswith("bias") == of) for of in (True, False))
     return {
         "weight_norm": weight_norm(now),
-        "distance_from_init": total.sqrt(),
-        "distance_weights": (total - biases).sqrt(),
+        "distance_from_init": (weights + biases).sqrt(),
+        "distance_weights": weights.sqrt(),
         "distance_biases": biases.sqrt(),
         **{f"distance/{name}": v.sqrt() for name, v in squared.items()},
     }

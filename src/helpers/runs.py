@@ -268,7 +268,7 @@ def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path
 
     from helpers import claims
 
-    tables = [pd.read_csv(f) for f in sorted((out / "claims").glob("*.csv"))]
+    tables = [claims.read(f) for f in sorted((out / "claims").glob("*.csv"))]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     if len(table):
         table.to_csv(out / "claims.csv", index=False)
@@ -332,14 +332,12 @@ def _as_html(path: Path) -> str:
 
 
 def _verdicts(out: Path, notebook: str) -> str:
-    import pandas as pd
-
     from helpers import claims
 
     file = out / "claims" / f"{notebook}.csv"
     if not file.exists():
         return ""
-    counts = claims.summary(pd.read_csv(file))["verdict"].value_counts()
+    counts = claims.summary(claims.read(file))["verdict"].value_counts()
     return ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
 
 

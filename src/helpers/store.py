@@ -49,6 +49,9 @@ class Store:
         ``about`` (versions, device) is kept beside the content without being part of the key.
         """
         key = key_of(content)
+        for name, array in (arrays or {}).items():
+            if np.asarray(array).dtype.hasobject:
+                raise TypeError(f"array {name!r} holds Python objects; nothing is pickled, so only numbers are stored")
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=self.folder) as new:
             entry = Path(new) / key
@@ -78,8 +81,11 @@ class Store:
 
     def arrays(self, key: str) -> dict[str, np.ndarray]:
         """The arrays of an entry. Raises KeyError where there is none."""
-        if self._record(key) is None:
+        record = self._record(key)
+        if record is None:
             raise KeyError(f"no entry {key} in {self.folder}")
+        if not record["arrays"]:
+            return {}
         with np.load(self.folder / key / "arrays.npz", allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
 
@@ -89,19 +95,34 @@ class Store:
         if not entry.exists():
             return None
         try:
-            record = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
-            for name, sha256 in record["sha256"].items():
-                if _sha256(entry / name) != sha256:
-                    raise ValueError(f"{name} differs from its checksum")
-            return record
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if not entry.exists():  # another process replaced or set it aside meanwhile
+            return _verified(entry)
+        except _DAMAGE:
+            pass  # or replaced while it was read: under the lock it holds still
+        with FileLock(self.folder / ".lock"):
+            if not entry.exists():
                 return None
-            aside = self.folder / "damaged" / f"{key}-{time.time_ns()}"
-            aside.parent.mkdir(exist_ok=True)
-            shutil.move(entry, aside)
-            warnings.warn(f"damaged result set aside in {aside} ({error}); it is computed again", stacklevel=3)
-            return None
+            try:
+                return _verified(entry)
+            except _DAMAGE as error:
+                aside = self.folder / "damaged" / f"{key}-{time.time_ns()}"
+                aside.parent.mkdir(exist_ok=True)
+                shutil.move(entry, aside)
+                warnings.warn(f"damaged result set aside in {aside} ({error}); it is computed again", stacklevel=3)
+                return None
+
+
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _verified(entry: Path) -> dict:
+    """The record of an entry, after its checksums and its key; raises one of ``_DAMAGE`` where they do not fit."""
+    record = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
+    if key_of(record["content"]) != entry.name:
+        raise ValueError("entry.json says another content than its key")
+    for name, sha256 in record["sha256"].items():
+        if _sha256(entry / name) != sha256:
+            raise ValueError(f"{name} differs from its checksum")
+    return record
 
 
 def _sha256(file: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import numbers
 import os
 import platform
 import sys
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from helpers import data, geometry, gradients, models
 from helpers.store import Store, key_of
-from helpers.training import NUMERICS, Schedule, Training, check_batch_size, check_lr
+from helpers.training import NUMERICS, Schedule, Training, check_batch_size, check_lr, check_optimizer
 
 DEFAULTS = {
     "dataset": "mnist", "num_train": None, "subset_seed": 0, "model": "shen_mlp",
@@ -62,8 +63,10 @@ def run(
     complete = [_checked(s) for s in settings]
     snapshots = sorted(set(snapshots))
     if branch_at is not None:
-        trunks = {_key(t, seeds[0], seeds): t for t in (_until(s, branch_at) for s in complete)}
-        _execute(_training_jobs(list(trunks.values()), seeds, [branch_at], None, store), jobs, store)
+        trunks = [_until(s, branch_at) for s in complete if s["epochs"] > branch_at]
+        trunks = list({_key(t, seeds[0], seeds): t for t in trunks}.values())
+        kept = [e for e in snapshots if e < branch_at]
+        _execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store), jobs, store)
     _execute(_training_jobs(complete, seeds, snapshots, branch_at, store), jobs, store)
     frames = [
         store.frame(_key(s, seed, seeds)).assign(**_columns(s), run=_key(s, seed, seeds))
@@ -222,6 +225,8 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
         names = [name for name in trunk[0][1] if name.startswith(prefix)]
         state = {n.removeprefix(prefix): torch.from_numpy(np.concatenate([a[n] for _, a in trunk])) for n in names}
         training.resume(state, pd.concat([frame for frame, _ in trunk]))
+        for mine, (_, kept) in zip(arrays, trunk):
+            mine |= {name: value for name, value in kept.items() if int(name.split("/")[0]) in snapshots}
     for epoch in range(start, s["epochs"] + 1):
         if epoch > start:
             training.advance(epochs=1, record_steps=s["record_steps"])
@@ -275,6 +280,7 @@ def _checked(settings: Mapping[str, object]) -> dict[str, object]:
     s["dataset"], _ = data.resolve(s["dataset"])
     if not isinstance(s["epochs"], int) or s["epochs"] < 1:
         raise ValueError(f"epochs is {s['epochs']!r}; expected a whole number from 1 on")
+    check_optimizer(s["optimizer"], s["momentum"])
     s["num_train"] = _dataset(s).num_train  # so that None and the whole set are the same
     for name, check in (("batch_size", lambda v: check_batch_size(v, _dataset(s).num_train)), ("lr", check_lr)):
         for value in [v for _, v in s[name].points] if isinstance(s[name], Schedule) else [s[name]]:
@@ -298,7 +304,7 @@ def _plain(s: Mapping) -> dict[str, object]:
     for k, v in s.items():
         if isinstance(v, Schedule):
             v = {"points": [[float(e), float(x)] for e, x in v.points], "linear": v.linear}
-        plain[k] = float(v) if isinstance(v, int) and not isinstance(v, bool) else v
+        plain[k] = float(v) if isinstance(v, numbers.Real) else v
     return plain
 
 
@@ -316,7 +322,7 @@ def _key(s: Mapping, seed: int, seeds: Sequence[int]) -> str:
 def _columns(s: Mapping) -> dict[str, object]:
     """The settings as columns; a schedule, or a pair, as text. `epochs` stays what it is in the history: an axis."""
     return {
-        k: v if isinstance(v, int | float | str | None) else str(v)
+        k: v if isinstance(v, numbers.Real | str | None) else str(v)
         for k, v in s.items()
         if k not in ("subset_seed", "epochs", "record_steps")
     }

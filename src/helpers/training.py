@@ -46,6 +46,8 @@ class Schedule:
     def until(self, epoch: float) -> Schedule | float:
         """The part before ``epoch``; a plain number where it is constant there."""
         points = tuple(point for point in self.points if point[0] < epoch)
+        if self.linear and len(points) < len(self.points):
+            return Schedule((*points, (epoch, self(epoch))), linear=True)
         return points[0][1] if len(points) == 1 else Schedule(points, self.linear)
 
 
@@ -59,7 +61,7 @@ def schedule(points: Mapping[float, float], *, linear: bool = False) -> Schedule
 
 def check_batch_size(value: object, num_train: int) -> int:
     """``value`` as an int, or ValueError unless it is a whole number from 1 to the size of the training set."""
-    if not isinstance(value, numbers.Real) or value != value or int(value) != value or not 1 <= value <= num_train:
+    if not isinstance(value, numbers.Real) or not 1 <= value <= num_train or value != int(value):
         raise ValueError(f"batch_size is {value!r}; expected a whole number from 1 to {num_train} (the training set)")
     return int(value)
 
@@ -69,6 +71,14 @@ def check_lr(value: object) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"lr is {value!r}; expected a finite number above 0")
     return float(value)
+
+
+def check_optimizer(name: str, momentum: float) -> None:
+    """ValueError unless it is one of ``OPTIMIZERS``, with a momentum from 0 to below 1 that only sgd may have."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; choose one of: {', '.join(OPTIMIZERS)}")
+    if not 0 <= momentum < 1 or (momentum and name != "sgd"):
+        raise ValueError(f"momentum is {momentum!r} with {name}; expected 0 to below 1, and with sgd alone")
 
 
 class Training:
@@ -95,10 +105,7 @@ class Training:
     ):
         if not seeds:
             raise ValueError("no seeds; expected at least one, for example seeds=[0]")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {optimizer!r}; choose one of: {', '.join(OPTIMIZERS)}")
-        if not 0 <= momentum < 1 or (momentum and optimizer != "sgd"):
-            raise ValueError(f"momentum is {momentum!r} with {optimizer}; expected 0 to below 1, and with sgd alone")
+        check_optimizer(optimizer, momentum)
         self.dataset, self.seeds = dataset, tuple(int(seed) for seed in seeds)
         self.model = models.build(model, dataset.input_shape, dataset.num_classes, self.seeds, dataset.device)
         self.initial_weights = self.weights()
@@ -303,7 +310,7 @@ class Training:
                 p.copy_(state[f"weights/{name}"])
                 prefix = f"optimizer/{name}/"
                 for key in [k for k in state if k.startswith(prefix)]:
-                    value = state[key].to(p.device)
-                    self._optimizer.state[p][key.removeprefix(prefix)] = value if value.ndim > 1 else value[0].clone()
+                    value = state[key].to(p.device, copy=True)  # the state given stays as it is
+                    self._optimizer.state[p][key.removeprefix(prefix)] = value if value.ndim > 1 else value[0]
         # A schedule is read at the epoch it goes on from.
         self.batch_size, self.lr = self._batch_schedule or self.batch_size, self._lr_schedule or self.lr
