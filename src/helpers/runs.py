@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
@@ -212,15 +213,20 @@ def _execute(item: Planned, out: Path) -> None:
     """Run one notebook; its progress streams through, its partial copy stays where it fails."""
     import nbformat
     import papermill
+    from nbclient.output_widget import OutputWidget
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     target, started = out / f"{item.name}.ipynb", time.perf_counter()
     parameters = {**item.parameters, "output_dir": str(out)}
+    # nbclient tells the kernel what an Output widget shows while its cell still runs; about one in 300 such cells then
+    # never ends (nbclient 0.11, ipykernel 7.4). Nobody reads it there: the widget state comes from nbclient's own copy.
+    quiet = mock.patch.object(OutputWidget, "sync_state", return_value=None)
     try:
-        papermill.execute_notebook(
-            str(item.path), str(target), parameters, kernel_name="python3", cwd=str(out),
-            progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
-        )  # fmt: skip
+        with quiet:
+            papermill.execute_notebook(
+                str(item.path), str(target), parameters, kernel_name="python3", cwd=str(out), progress_bar=False,
+                stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
+            )  # fmt: skip
         item.status = "ok"
     except papermill.PapermillExecutionError as error:
         item.status, item.error = "FAILED", f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
