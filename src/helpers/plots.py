@@ -136,6 +136,11 @@ def scatter_classes(inputs: np.ndarray, targets: np.ndarray, *, ax: Axes | None 
     return ax
 
 
+def headline(fig: Figure, text: str) -> None:
+    """The finding of a figure with several panels, above them."""
+    fig.suptitle(text, x=0.01, ha="left", fontweight="bold")
+
+
 def save(figure: Axes | Figure, name: str, folder: str | Path, caption: str) -> Figure:
     """Write ``figures/<name>.png`` and ``.svg`` under ``folder``, with the caption below; title and caption go into the
     PNG's own text fields, where the index page finds them."""
