@@ -1,6 +1,6 @@
-"""Gradient norms by two protocols, named apart: along the write-up's *walk*, and at *frozen* weights.
+"""Gradient norms: along the write-up's *walk*, at *frozen* weights, and example by example; the noise scale of these.
 
-Both split one draw of examples into minibatches of a size, add up the minibatches' mean gradients, each weighted by its
+Walk and frozen are two protocols. Both split one draw of examples into minibatches of a size, add up the minibatches' mean gradients, each weighted by its
 share of the draw, and take the norm of the sum (Shen 2018, "orthogonality"). The walk takes an SGD step after each
 minibatch; frozen does not, so there the sum cannot depend on the split.
 """
@@ -119,6 +119,56 @@ def frozen(
                 row[0]["minibatch_noise"] = (squared_distance / count) ** 0.5
             rows += row
     return pd.DataFrame(rows)
+
+
+def per_example_squared_norms(
+    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared gradient norm of each example's loss, and of their mean loss: float64 ``(replicas, n)`` and ``(replicas,)``.
+
+    ``inputs`` ``(n, *input_shape)`` go to every replica. One backward pass: for a linear layer with input a and output
+    gradient δ the norm is (‖a‖² + 1)·‖δ‖² (Goodfellow 2015); a convolution's is that of Σ over positions of δ·patchᵀ.
+    """
+    layers = [m for m in net.modules() if isinstance(m, (models.Linear, models.Conv2d))]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [layer.register_forward_hook(lambda _, given, out: seen.append((given[0].detach(), out))) for layer in layers]
+    try:
+        logits = net(inputs.expand(net.replicas, *inputs.shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    loss = mean_loss(logits, targets.expand(net.replicas, -1)).sum()
+    parameters = list(net.parameters())
+    found = torch.autograd.grad(loss, [out for _, out in seen] + parameters)
+    norms = torch.zeros(net.replicas, len(inputs), dtype=torch.float64)
+    for layer, (given, _), delta in zip(layers, seen, found):
+        delta = delta * len(inputs)  # of each example's own loss, not of the mean
+        if isinstance(layer, models.Conv2d):
+            patches = F.unfold(given, layer.weight.shape[-1], padding=layer.weight.shape[-1] // 2)
+            patches = patches.view(len(inputs), net.replicas, -1, patches.shape[-1])
+            delta = delta.view(len(inputs), net.replicas, -1, patches.shape[-1])
+            weight = torch.einsum("nrop,nrip->nroi", delta, patches).flatten(2).square().sum(2)
+            norms += (weight + delta.sum(3).square().sum(2)).T.cpu().double()
+        else:
+            norms += ((given.square().sum(2) + 1) * delta.square().sum(2)).cpu().double()
+    mean = sum(g.flatten(1).square().sum(1).cpu().double() for g in found[len(seen) :])
+    return norms, mean
+
+
+def noise_statistics(
+    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Estimates of tr Σ, the variance of one example's gradient, and of |G|²: two float64 ``(replicas,)``.
+
+    Unbiased for examples drawn independently (McCandlish 2018, appendix A.1, with batches of 1 and n); so |G|² may come
+    out below 0. The gradient noise scale B_simple is their ratio, best of averages over several calls: a mean of
+    ratios is biased. Raises ValueError for fewer than two examples.
+    """
+    n = len(inputs)
+    if n < 2:
+        raise ValueError(f"{n} examples; a variance needs at least two")
+    norms, mean = per_example_squared_norms(net, inputs, targets)
+    return (norms.mean(1) - mean) * n / (n - 1), (n * mean - norms.mean(1)) / (n - 1)
 
 
 def _recorded(weights: Mapping[str, torch.Tensor], layers: str) -> list[str]:

@@ -7,6 +7,7 @@ next ``batch_size`` entries of that order. So runs at two batch sizes see the sa
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 import time
@@ -106,7 +107,7 @@ class Training:
         if not seeds:
             raise ValueError("no seeds; expected at least one, for example seeds=[0]")
         check_optimizer(optimizer, momentum)
-        self.dataset, self.seeds = dataset, tuple(int(seed) for seed in seeds)
+        self.dataset, self.seeds, self.optimizer = dataset, tuple(int(seed) for seed in seeds), optimizer
         self.model = models.build(model, dataset.input_shape, dataset.num_classes, self.seeds, dataset.device)
         self.initial_weights = self.weights()
         self.steps = self.examples_seen = 0
@@ -151,6 +152,19 @@ class Training:
             check_lr(v)
         self._lr_schedule = value if isinstance(value, Schedule) else None
         self._set_lr(value(self.epoch) if isinstance(value, Schedule) else float(value))
+
+    @property
+    def momentum(self) -> float:
+        """The momentum of the next step; 0 forgets what has built up. Only sgd may have any."""
+        return self._optimizer.param_groups[0].get("momentum", 0.0)
+
+    @momentum.setter
+    def momentum(self, value: float) -> None:
+        check_optimizer(self.optimizer, value)
+        for group in self._optimizer.param_groups if self.optimizer == "sgd" else ():
+            group["momentum"] = float(value)
+            for p in group["params"] if not value else ():
+                self._optimizer.state[p].pop("momentum_buffer", None)
 
     def _set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -222,7 +236,8 @@ class Training:
             self.seconds += time.perf_counter() - started
         train_loss, train_accuracy = self.evaluate(self.dataset.train_inputs, self.dataset.train_targets)
         test_loss, test_accuracy = self.evaluate(self.dataset.test_inputs, self.dataset.test_targets)
-        running = self._running_loss()
+        sizes, losses = self.take_losses()
+        running = (losses * sizes[:, None]).sum(0) / sizes.sum()  # averaged by examples; NaN before the first step
         self._diverged_at = torch.where(
             self._diverged_at.isnan() & ~train_loss.isfinite(), float(self.steps), self._diverged_at
         )
@@ -239,10 +254,13 @@ class Training:
             row |= {name: value.cpu().double() for name, value in measured.items()}
         self._records.append(row)
 
-    def _running_loss(self) -> torch.Tensor:
-        """Minibatch losses since the last record, averaged by examples: ``(replicas,)``; also notes divergence."""
+    def take_losses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sizes ``(steps,)`` and losses ``(steps, replicas)`` of the minibatches since the last record or call.
+
+        They are handed out once: the next record averages what comes after. Notes the step of a divergence.
+        """
         if not self._losses:
-            return torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.model.replicas, dtype=torch.float64)
         sizes = torch.tensor([size for size, _ in self._losses], dtype=torch.float64)
         losses = torch.stack([loss for _, loss in self._losses]).cpu().double()
         first_step = self.steps - len(self._losses) + 1
@@ -250,7 +268,23 @@ class Training:
         at = torch.where(bad.any(0), (first_step + bad.int().argmax(0)).double(), math.nan)
         self._diverged_at = torch.where(self._diverged_at.isnan(), at, self._diverged_at)
         self._losses.clear()
-        return (losses * sizes[:, None]).sum(0) / sizes.sum()
+        return sizes, losses
+
+    def branch(self) -> Training:
+        """A copy that goes on by itself, from the same weights, optimizer state and place in the data."""
+        return copy.deepcopy(self, {id(self.dataset): self.dataset})  # the examples themselves are shared
+
+    @property
+    def diverged_at(self) -> torch.Tensor:
+        """The first step whose loss was not finite, else NaN, as far as losses were taken or recorded: ``(replicas,)``."""
+        return self._diverged_at.clone()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Euclidean norm of the last step's minibatch gradient: float64 ``(replicas,)``; NaN before the first step."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not gradients:
+            return torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
+        return sum(g.flatten(1).norm(dim=1).cpu().double() ** 2 for g in gradients).sqrt()
 
     @torch.inference_mode()
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,6 +299,12 @@ class Training:
             loss += losses.sum(1).cpu().double()
             correct += (logits.argmax(-1) == y).sum(1).cpu().double()
         return loss / len(targets), correct / len(targets)
+
+    @torch.inference_mode()
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What every replica makes of a set of examples: ``(replicas, examples, classes)``."""
+        chunks = inputs.split(self.model.evaluation_chunk if inputs.is_cpu else 10_000)
+        return torch.cat([self.model(x.expand(self.model.replicas, *x.shape)) for x in chunks], dim=1)
 
     @property
     def history(self) -> pd.DataFrame:
