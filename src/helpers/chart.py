@@ -27,9 +27,15 @@ RUNS = {
 }
 CLASSES = sns.color_palette("colorblind")
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 52, 14, 26, 24
-_FONT = 'font-family="var(--jp-ui-font-family, sans-serif)" font-size="11"'
+_FONT = {"font_family": "var(--jp-ui-font-family, sans-serif)", "font_size": 11}
 _SHORT = EngFormatter(sep="")
 PANEL = "flex: 1 1 370px; max-width: 620px; min-width: 0"  # two beside each other in a notebook, one on a phone
+
+
+def tag(name: str, *body: str, **attributes: object) -> str:
+    """An element: attributes escaped (``stroke_width`` for stroke-width, ``class_`` for class), body as it is."""
+    written = "".join(f' {k.strip("_").replace("_", "-")}="{escape(str(v))}"' for k, v in attributes.items())
+    return f"<{name}{written}>{''.join(body)}</{name}>"
 
 
 def number(value: float) -> str:
@@ -46,65 +52,60 @@ def panel(
     curves: Mapping[str, Sequence[tuple[float, ...]]],
     *,
     axis: int,
-    marks: Sequence[tuple[float, str]] = (),
+    marks: Sequence[tuple[float, str, str]] = (),
     log: bool = False,
     percent: bool = False,
     height: int = 190,
 ) -> str:
     """Curves of thinned bins (see ``session.Curve``) against their column ``axis``, with the spread of each bin.
 
-    ``marks``: (x, label), a vertical line each. A label that would touch the one before it takes its place.
+    ``marks``: (x, label, run), a vertical line each; where labels would overlap, the later one is written.
     """
     width, tall = _WIDTH - _LEFT - _RIGHT, height - _TOP - _BOTTOM
-    arrays = {name: np.array(bins, dtype=float).reshape(-1, 7) for name, bins in curves.items()}
-    arrays = {name: a for name, a in arrays.items() if len(a)}
+    arrays = {name: np.array(bins, dtype=float).reshape(-1, 7) for name, bins in curves.items() if len(bins)}
     right = max((a[-1, axis] for a in arrays.values()), default=0) or 1.0
-    low, high = _limits([a for a in arrays.values()], log, percent)
-    scale = (lambda v: np.log10(np.maximum(v, 1e-12))) if log else (lambda v: v)
-    y0, y1 = scale(np.array([low, high]))
+    low, high = _limits(list(arrays.values()), log, percent)
+    scale = (lambda v: np.log10(np.maximum(v, 1e-12))) if log else np.asarray
+    bottom, top = scale(np.array([low, high]))
 
-    def points(x: np.ndarray, y: np.ndarray) -> list[str]:
-        across, down = x / right * width, tall - (scale(y) - y0) / (y1 - y0) * tall
-        return [f"{a:.1f},{d:.1f}" for a, d in zip(across.tolist(), np.clip(down, -tall, 2 * tall).tolist())]
+    def down(y: np.ndarray) -> np.ndarray:
+        return np.clip(tall - (scale(y) - bottom) / (top - bottom) * tall, -tall, 2 * tall)
 
-    drawn = []
+    def points(x: np.ndarray, y: np.ndarray) -> str:
+        return " ".join(f"{a:.1f},{d:.1f}" for a, d in zip((x / right * width).tolist(), down(y).tolist()))
+
+    drawn, texts = [], []
     for name, a in arrays.items():
-        line, dash = RUNS[name]
-        x, mean = a[:, axis], a[:, 4] / a[:, 3]
+        (line, dash), x, mean = RUNS[name], a[:, axis], a[:, 4] / a[:, 3]
         if (a[:, 3] > 1).any():
-            band = points(x, a[:, 6]) + points(x[::-1], a[::-1, 5])
-            drawn.append(f'<polygon points="{" ".join(band)}" fill="{line}" fill-opacity=".3"/>')
-        drawn.append(
-            f'<polyline class="companion-curve" data-run="{name}" points="{" ".join(points(x, mean))}" fill="none" '
-            f'stroke="{line}" stroke-width="1.5" stroke-dasharray="{dash}"/>'
-        )
-    texts, last = [], -math.inf
-    for x, label in reversed(list(marks)):
-        at = x / right * width
-        drawn.append(
-            f'<line class="companion-mark" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{tall}" stroke="{INK}" stroke-dasharray="2 2"/>'
-        )
-        if abs(at - last) > 7 * len(label) + 4:
-            anchor = "end" if at > width - 6 * len(label) else "start"
-            texts.append(f'<text x="{_LEFT + at + (-3 if anchor == "end" else 3):.1f}" y="{_TOP + 10}" fill="{INK}" '
-                         f'text-anchor="{anchor}">{escape(label)}</text>')  # fmt: skip
-            last = at
-    ticks = []
+            band = points(x, a[:, 6]) + " " + points(x[::-1], a[::-1, 5])
+            drawn.append(tag("polygon", points=band, fill=line, fill_opacity=0.3))
+        drawn.append(tag("polyline", class_="companion-curve", data_run=name, points=points(x, mean), fill="none",
+                         stroke=line, stroke_width=1.5, stroke_dasharray=dash))  # fmt: skip
+    free = math.inf  # to the left of it no label stands yet
+    for x, label, run in sorted(marks, reverse=True):
+        ink, at, long = INK if run == "this run" else RUNS[run][0], x / right * width, 6.5 * len(label)
+        drawn.append(tag("line", class_="companion-mark", x1=f"{at:.1f}", x2=f"{at:.1f}", y1=0, y2=tall, stroke=ink,
+                         stroke_dasharray="2 2"))  # fmt: skip
+        left = at + long > width  # of its line, where there is no room at the right
+        if at + (0 if left else long) < free:
+            where = {"x": f"{_LEFT + at + (-3 if left else 3):.1f}", "text_anchor": "end" if left else "start"}
+            texts.append(tag("text", escape(label), y=_TOP + 10, fill=ink, **where))
+            free = at - (long if left else 0)
     for value in _ticks(low, high, log):
-        y = _TOP + tall - float((scale(np.array(value)) - y0) / (y1 - y0)) * tall
+        y = _TOP + float(down(np.array(value)))
         label = f"{100 * value:.3g} %" if percent else f"{value:g}"
-        ticks.append(f'<line x1="{_LEFT}" x2="{_LEFT + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="{FAINT}"/>'
-                     f'<text x="{_LEFT - 5}" y="{y + 4:.1f}" text-anchor="end" fill="{INK}">{label}</text>')  # fmt: skip
-    for value in _ticks(0, right, False):
-        ticks.append(f'<text x="{_LEFT + value / right * width:.1f}" y="{height - 8}" text-anchor="middle" fill="{INK}">'
-                     f"{_SHORT(value)}</text>")  # fmt: skip
+        texts.append(tag("line", x1=_LEFT, x2=_LEFT + width, y1=f"{y:.1f}", y2=f"{y:.1f}", stroke=FAINT))
+        texts.append(tag("text", label, x=_LEFT - 5, y=f"{y + 4:.1f}", text_anchor="end", fill=INK))
+    for value in _ticks(0, right, log=False):
+        at = f"{_LEFT + value / right * width:.1f}"
+        texts.append(tag("text", _SHORT(value), x=at, y=height - 8, text_anchor="middle", fill=INK))
     now = ", ".join(f"{name} {number(a[-1, 4] / a[-1, 3])}" for name, a in arrays.items())
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}: {now}" {_FONT} '
-        f'style="{PANEL}"><text x="{_LEFT}" y="14" font-weight="600" fill="{INK}">'
-        f'{escape(title)}</text>{"".join(ticks)}<svg x="{_LEFT}" y="{_TOP}" width="{width}" height="{tall}" '
-        f'overflow="hidden">{"".join(drawn)}</svg>{"".join(texts)}</svg>'
-    )
+    return tag(
+        "svg", tag("text", escape(title), x=_LEFT, y=14, font_weight=600, fill=INK), *texts,
+        tag("svg", *drawn, x=_LEFT, y=_TOP, width=width, height=tall, overflow="hidden"),
+        viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=f"{title}: {now}", style=PANEL, **_FONT,
+    )  # fmt: skip
 
 
 def _limits(arrays: Sequence[np.ndarray], log: bool, percent: bool) -> tuple[float, float]:
@@ -113,16 +114,17 @@ def _limits(arrays: Sequence[np.ndarray], log: bool, percent: bool) -> tuple[flo
     lows, highs = (np.concatenate([a[:, column] for a in arrays]) for column in (5, 6))
     if percent:  # what comes after the first rise is what one looks at
         return max(0.0, math.floor(10 * float(np.quantile(lows, 0.2)) - 1) / 10), 1.0
-    if not log:
-        return min(0.0, float(lows.min())), float(highs.max()) or 1.0
     high = float(highs.max())
+    if not log:
+        return min(0.0, float(lows.min())), high or 1.0
     low = max(float(np.quantile(lows, 0.05)), high / 1e5, 1e-9)  # single examples can have a loss of nearly 0
     return low / 1.1, max(high, 2 * low) * 1.1
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     if not log:
-        return [float(v) for v in MaxNLocator(5).tick_values(low, high) if low <= v <= high * 1.0001]
+        steps = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
+        return [float(v) for v in steps if low <= v <= high * 1.0001]
     for factors in ((1, 2, 5), (1, 3), (1,)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
@@ -133,50 +135,50 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 def gauge(batch_size: int, noise_scale: float, limit: int) -> str:
     """The batch size in use and the noise scale beside it, on one logarithmic ruler from 1 to ``limit``."""
-    width, top = _WIDTH - 40, max(limit, 2)
+    width, end = _WIDTH - 40, math.log2(max(limit, 2))
 
     def at(value: float) -> float:
-        return 15 + width * min(max(math.log2(max(value, 1)) / math.log2(top), 0.0), 1.0)
+        return round(15 + width * min(max(math.log2(max(value, 1)) / end, 0.0), 1.0), 1)
 
-    ticks = [2**k for k in range(0, int(math.log2(top)) + 1, 2 if top > 600 else 1)]
-    ruler = "".join(f'<text x="{at(t):.1f}" y="66" text-anchor="middle" fill="{INK}">{t:g}</text>' for t in ticks)
-    known = not math.isnan(noise_scale)
-    low, high = sorted((at(batch_size), at(noise_scale if known else batch_size)))
-    line = RUNS["this run"][0]
-    scale = number(noise_scale) + (" (off the ruler)" if known and noise_scale > top else "")
-    middle = "start" if at(noise_scale if known else 1) < _WIDTH / 2 else "end"
-    noise = (
-        f'<line x1="{at(noise_scale):.1f}" x2="{at(noise_scale):.1f}" y1="26" y2="50" stroke="{INK}" stroke-width="3"/>'
-        f'<text x="{at(noise_scale):.1f}" y="14" text-anchor="{middle}" fill="{INK}">noise scale B_simple ≈ {scale}</text>'
-        if known else ""
-    )  # fmt: skip
-    below = "start" if at(batch_size) < _WIDTH / 2 else "end"
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} 92" role="img" aria-label="Batch size {batch_size}, noise scale {number(noise_scale)}" '
-        f'{_FONT}>'
-        f'<line x1="15" x2="{15 + width}" y1="50" y2="50" stroke="{INK}"/>'
-        f'<rect x="{low:.1f}" width="{high - low:.1f}" y="34" height="16" fill="{line}" fill-opacity=".3"/>{noise}'
-        f'<path d="M{at(batch_size):.1f} 50 l-6 -14 h12 z" fill="{line}"/>{ruler}'
-        f'<text x="{at(batch_size):.1f}" y="84" text-anchor="{below}" fill="{line}">batch size {batch_size:,}</text></svg>'
-    )
+    def anchor(value: float) -> str:
+        return "start" if at(value) < _WIDTH / 2 else "end"
+
+    line, size = RUNS["this run"][0], at(batch_size)
+    parts = [
+        tag("line", x1=15, x2=15 + width, y1=50, y2=50, stroke=INK),
+        tag("path", d=f"M{size} 50 l-6 -14 h12 z", fill=line),
+        tag("text", f"batch size {batch_size:,}", x=size, y=84, text_anchor=anchor(batch_size), fill=line),
+        *(tag("text", f"{2**k:g}", x=at(2**k), y=66, text_anchor="middle", fill=INK)
+          for k in range(0, int(end) + 1, 2 if end > 9.5 else 1)),
+    ]  # fmt: skip
+    if not math.isnan(noise_scale):
+        noise = at(noise_scale)
+        off = " (off the ruler)" if noise_scale > max(limit, 2) else ""
+        parts += [
+            tag("rect", x=min(noise, size), width=round(abs(noise - size), 1), y=34, height=16, fill=line,
+                fill_opacity=0.3),
+            tag("line", x1=noise, x2=noise, y1=26, y2=50, stroke=INK, stroke_width=3),
+            tag("text", f"noise scale B_simple ≈ {number(noise_scale)}{off}", x=noise, y=14,
+                text_anchor=anchor(noise_scale), fill=INK),
+        ]  # fmt: skip
+    label = f"Batch size {batch_size}, noise scale {number(noise_scale)}"
+    return tag("svg", *parts, viewBox=f"0 0 {_WIDTH} 92", role="img", aria_label=label, **_FONT)
 
 
 def regions(classes: np.ndarray, inputs: np.ndarray, targets: np.ndarray) -> str:
     """Decision regions as the network has them now (``(side, side)``, top row first), under the training examples."""
-    low, high = inputs.min(0) - 1, inputs.max(0) + 1
-    shades = np.array(CLASSES)
-    image = _png(np.uint8(255 * shades[classes % len(CLASSES)]))
-    at = (inputs - low) / (high - low) * [280, -280] + [0, 280]
-    dots = "".join(
-        f'<path d="{"".join(f"M{x:.0f} {y:.0f}h0" for x, y in at[targets == c].tolist())}" stroke="{to_hex(shades[c])}" '
-        'stroke-width="4" stroke-linecap="round"/>'
+    low, high, side = inputs.min(0) - 1, inputs.max(0) + 1, 280
+    at = (inputs - low) / (high - low) * [side, -side] + [0, side]
+    dots = [
+        tag("path", d="".join(f"M{x:.0f} {y:.0f}h0" for x, y in at[targets == c].tolist()), stroke=to_hex(CLASSES[c]),
+            stroke_width=4, stroke_linecap="round")
         for c in np.unique(targets)
-    )
-    return (
-        f'<svg viewBox="0 -22 280 302" role="img" aria-label="Decision regions" {_FONT} style="flex: 0 1 280px; min-width: 0">'
-        f'<text y="-8" font-weight="600" fill="{INK}">Decision regions now</text><image width="280" height="280" opacity=".3" '
-        f'preserveAspectRatio="none" style="image-rendering: pixelated" href="{image}"/>{dots}</svg>'
-    )
+    ]  # fmt: skip
+    image = tag("image", width=side, height=side, opacity=0.3, preserveAspectRatio="none",
+                style="image-rendering: pixelated", href=_png(np.uint8(255 * np.array(CLASSES)[classes])))  # fmt: skip
+    title = tag("text", "Decision regions now", y=-8, font_weight=600, fill=INK)
+    return tag("svg", title, image, *dots, viewBox=f"0 -22 {side} {side + 22}", role="img",
+               aria_label="Decision regions now", style="flex: 0 1 280px; min-width: 0", **_FONT)  # fmt: skip
 
 
 def digits(images: np.ndarray, is_: Sequence[int], read: Sequence[int]) -> str:
@@ -184,14 +186,12 @@ def digits(images: np.ndarray, is_: Sequence[int], read: Sequence[int]) -> str:
     tiles = []
     for image, truth, guess in zip(images, is_, read):
         grey = np.uint8(255 * (image - image.min()) / max(float(np.ptp(image)), 1e-6))
-        tiles.append(
-            f'<figure style="margin: 0; text-align: center"><img alt="a {truth} read as {guess}" width="48" height="48" '
-            f'style="image-rendering: pixelated" src="{_png(grey)}"><figcaption>{truth} → {guess}</figcaption></figure>'
-        )
-    return (
-        '<div style="flex: 1 1 300px"><b>Misclassified now (is → read as)</b><div style="display: flex; flex-wrap: wrap; '
-        f'gap: 6px; line-height: 1.4">{"".join(tiles) or "none of those asked"}</div></div>'
-    )
+        picture = tag("img", alt=f"a {truth} read as {guess}", width=48, height=48, src=_png(grey),
+                      style="image-rendering: pixelated").removesuffix("</img>")  # fmt: skip
+        caption = tag("figcaption", f"{truth} → {guess}")
+        tiles.append(tag("figure", picture, caption, style="margin: 0; text-align: center"))
+    strip = tag("div", *(tiles or ["none of those asked"]), style="display: flex; flex-wrap: wrap; gap: 6px")
+    return tag("div", tag("b", "Misclassified now (is → read as)"), strip, style="flex: 1 1 300px; line-height: 1.4")
 
 
 def _png(pixels: np.ndarray) -> str:

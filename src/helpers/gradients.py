@@ -1,8 +1,8 @@
 """Gradient norms: along the write-up's *walk*, at *frozen* weights, and example by example; the noise scale of these.
 
-Walk and frozen are two protocols. Both split one draw of examples into minibatches of a size, add up the minibatches' mean gradients, each weighted by its
-share of the draw, and take the norm of the sum (Shen 2018, "orthogonality"). The walk takes an SGD step after each
-minibatch; frozen does not, so there the sum cannot depend on the split.
+Walk and frozen are two protocols. Both split one draw of examples into minibatches of a size, add up the minibatches'
+mean gradients, each weighted by its share of the draw, and take the norm of the sum (Shen 2018, "orthogonality"). The
+walk takes an SGD step after each minibatch; frozen does not, so there the sum cannot depend on the split.
 """
 
 from __future__ import annotations
@@ -124,14 +124,16 @@ def frozen(
 def per_example_squared_norms(
     net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared gradient norm of each example's loss, and of their mean loss: float64 ``(replicas, n)`` and ``(replicas,)``.
+    """Squared gradient norm of each example's loss ``(replicas, n)`` and of their mean loss ``(replicas,)``, float64.
 
     ``inputs`` ``(n, *input_shape)`` go to every replica. One backward pass: for a linear layer with input a and output
     gradient δ the norm is (‖a‖² + 1)·‖δ‖² (Goodfellow 2015); a convolution's is that of Σ over positions of δ·patchᵀ.
     """
     layers = [m for m in net.modules() if isinstance(m, (models.Linear, models.Conv2d))]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hooks = [layer.register_forward_hook(lambda _, given, out: seen.append((given[0].detach(), out))) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda _, given, out: seen.append((given[0].detach(), out))) for layer in layers
+    ]
     try:
         logits = net(inputs.expand(net.replicas, *inputs.shape))
     finally:

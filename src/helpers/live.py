@@ -1,8 +1,8 @@
 """The live lab: sliders that change the batch size of a model while it trains, and its curves as they grow.
 
 Two threads: the session's trainer, and a ticker that draws at a fixed rate whatever the speed of training. No cell
-stays busy meanwhile: that would keep the sliders waiting. Drawing is one SVG text in an ``ipywidgets.HTML``: it needs no
-JavaScript of ours, no network, follows the theme, and works wherever ipywidgets do.
+stays busy meanwhile: that would keep the sliders waiting. Drawing is one SVG text in an ``ipywidgets.HTML``: it needs
+no JavaScript of ours and no network, follows the theme, and works wherever ipywidgets do.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from html import escape
 
 import ipywidgets as widgets
 import pandas as pd
-from IPython.display import display
+from IPython.display import Image, display
 from matplotlib.figure import Figure
 
 from helpers import chart, models, plots
-from helpers.chart import number
-from helpers.session import AXES, Session
+from helpers.chart import number, tag
+from helpers.session import AXES, Move, Run, Session
 from helpers.training import OPTIMIZERS
 
 DRAWS_PER_SECOND = 6
-_PACES = {"1 epoch a second": 1.0, "5 epochs a second": 5.0, "25 epochs a second": 25.0, "as fast as it goes": None}
+_PACES = {"1 epoch a second": 1.0, "5 epochs a second": 5.0, "25 epochs a second": 25.0, "as fast as it goes": 0.0}
 _RATES = [float(f"{digit}e{power}") for power in range(-4, 1) for digit in (1, 1.5, 2, 3, 5, 7)] + [10.0]
 _AXES = {"examples seen": "examples_seen", "steps": "steps", "seconds": "seconds"}
+_NAMES = {"batch_size": "batch size", "lr": "learning rate", "momentum": "momentum"}
 _STATIC = "<p>Here stand live controls when the notebook runs; the picture below shows what they did.</p>"
 
 _open: Lab | None = None  # one lab a kernel: whoever runs its cell again wants the new one alone
@@ -56,7 +57,7 @@ class Lab(widgets.VBox):
         optimizer: str = "sgd",
         num_train: int | None = None,
         seed: int = 0,
-        epochs_per_second: float | None = None,
+        epochs_per_second: float = 0.0,
         small: bool = False,
     ):
         global _open
@@ -80,11 +81,11 @@ class Lab(widgets.VBox):
 
     # Controls: each leaves a wish with the session and returns at once.
 
-    def _controls(self, datasets: Sequence[str], epochs_per_second: float | None) -> list[widgets.Widget]:
-        s, wide = self.session.settings, {"description_width": "96px"}
-        box = widgets.Layout(width="340px", max_width="98%")
+    def _controls(self, datasets: Sequence[str], epochs_per_second: float) -> list[widgets.Widget]:
+        s, wide = self.session.settings, {"description_width": "92px"}
+        box = widgets.Layout(width="285px", max_width="98%")
         self.play, self.pause, self.step, self.reset, self.export = (
-            widgets.Button(description=name, icon=icon, tooltip=tip, disabled=True, layout=widgets.Layout(width="96px"))
+            widgets.Button(description=name, icon=icon, tooltip=tip, layout=widgets.Layout(width="96px"))
             for name, icon, tip in [
                 ("Play", "play", "Train"),
                 ("Pause", "pause", "Stop after this step"),
@@ -94,8 +95,11 @@ class Lab(widgets.VBox):
             ]
         )
         self.batch_size, self.pinned_batch_size = (
-            widgets.SelectionSlider(options=self._sizes(), value=s["batch_size"], description=name, style=wide, layout=box)
-            for name in ("batch size", "pinned batch")
+            widgets.SelectionSlider(options=self._sizes(), value=value, description=name, style=wide, layout=box)
+            for name, value in [
+                ("batch size", s["batch_size"]),
+                ("pinned batch", min(64, self.session.dataset.num_train)),
+            ]
         )
         self.pinned_batch_size.disabled = True
         # Not a FloatLogSlider: a browser rounds its value to the next step and sends that back unasked.
@@ -103,15 +107,18 @@ class Lab(widgets.VBox):
                                           description="learning rate", style=wide, layout=box)  # fmt: skip
         self.momentum = widgets.FloatSlider(value=s["momentum"], min=0, max=0.99, step=0.01, description="momentum",
                                             disabled=s["optimizer"] != "sgd", style=wide, layout=box)  # fmt: skip
-        self.pin = widgets.ToggleButton(description="Pin a second run", icon="thumb-tack", tooltip="From here on, a second "
-                                        "run with a batch size of its own, fed the same examples", disabled=True)  # fmt: skip
+        self.pin = widgets.ToggleButton(
+            description="Pin a second run",
+            icon="thumb-tack",
+            tooltip="From here on, a second run with a batch size of its own, fed the same examples",
+        )
         self.dataset, self.model, self.optimizer, self.axis, self.pace = (
             widgets.Dropdown(options=options, value=value, description=name, style=wide, layout=box)
             for name, options, value in [
                 ("dataset", list(datasets), s["dataset"]),
                 ("model", self._models(), s["model"]),
                 ("optimizer", OPTIMIZERS, s["optimizer"]),
-                ("curves against", _AXES, "examples_seen"),
+                ("x-axis", _AXES, "examples_seen"),
                 ("pace", _PACES, epochs_per_second),
             ]
         )
@@ -129,9 +136,10 @@ class Lab(widgets.VBox):
         self.pace.observe(lambda _: self._set_pace(), "value")
         rows = [[self.play, self.pause, self.step, self.reset, self.pin, self.export], [self.batch_size, self.lr]]
         if self._small:
-            rows = [[self.play, self.pause, self.step, self.reset, self.export], [self.batch_size, self.lr], [self.axis]]
+            rows = [[self.play, self.pause, self.step, self.reset, self.export], [self.batch_size, self.lr, self.axis]]
         else:
-            rows += [[self.pinned_batch_size, self.momentum], [self.dataset, self.model], [self.optimizer, self.pace], [self.axis]]
+            rows[1] += [self.momentum]
+            rows += [[self.pinned_batch_size, self.pace, self.axis], [self.dataset, self.model, self.optimizer]]
         flow = widgets.Layout(flex_flow="row wrap")
         return [*(widgets.HBox(row, layout=flow) for row in rows), self._status, self._figure, self._exported]
 
@@ -147,6 +155,7 @@ class Lab(widgets.VBox):
     def _by_hand(self, act: Callable[..., None], *values: object) -> None:
         if threading.current_thread() is not self.session.thread:  # a rehearsal moves the slider from there
             self.session.forget_script()
+            self.error = ""
         act(*values)
 
     def _moved(self, name: str, value: object) -> None:
@@ -159,15 +168,15 @@ class Lab(widgets.VBox):
 
     def _set_pace(self) -> None:
         pace = self.pace.value
-        self.session.move("examples_per_second", pace and pace * self.session.dataset.num_train)
+        self.session.move("examples_per_second", pace * self.session.dataset.num_train if pace else None)
 
     def _follow(self) -> None:
         """Training has started over: the controls show what it started with."""
         session, self._following = self.session, True
         s = session.settings
         try:
-            for slider, value in [(self.batch_size, s["batch_size"]),
-                                  (self.pinned_batch_size, session.pinned_batch_size or self.pinned_batch_size.value)]:  # fmt: skip
+            pinned = session.pinned_batch_size or self.pinned_batch_size.value
+            for slider, value in [(self.batch_size, s["batch_size"]), (self.pinned_batch_size, pinned)]:
                 if slider.options != tuple(self._sizes()):
                     slider.options = self._sizes()
                 slider.value = min(value, session.dataset.num_train)
@@ -201,77 +210,83 @@ class Lab(widgets.VBox):
             if session.builds != self._builds:
                 self._follow()
                 self._set_pace()
-            ready = bool(session.builds)
-            for button, disabled in [(self.play, not ready or session.playing), (self.pause, not session.playing),
-                                     (self.step, not ready), (self.reset, not ready and not session.error),
-                                     (self.export, not ready), (self.pin, not ready)]:  # fmt: skip
-                if button.disabled != disabled:
-                    button.disabled = disabled
-            self._status.value = self._say()
-            if session.runs:
-                self._figure.value = self._svg()
+            self.play.disabled, self.pause.disabled = session.playing, not session.playing
+            self._status.value, self._figure.value = self._say(), self._svg()
 
     def _say(self) -> str:
         session = self.session
         error = session.error or self.error
         if error:
-            last = error.splitlines()[-1]
-            return (f'<div role="alert" class="companion-error" style="color: var(--jp-error-color1, #c62828); line-height: 1.4">'
-                    f"<b>Training stopped: {escape(last)}</b><pre style='white-space: pre-wrap'>{escape(error)}</pre>"
-                    "Reset starts over.</div>")  # fmt: skip
-        if not session.runs:
-            return '<div role="status">Getting ready: the first optimizer of a process takes some seconds.</div>'
+            what = "Training stopped" if session.error else "What is kept of the lab could not be made"
+            first = tag("b", escape(f"{what}: {error.splitlines()[-1]}"))
+            text = tag("pre", escape(error), style="white-space: pre-wrap")
+            red = "color: var(--jp-error-color1, #c62828); line-height: 1.4"
+            return tag("div", first, text, "Reset starts over.", role="alert", class_="companion-error", style=red)
         run = session.runs[0]
         state = "Playing" if session.playing else "Paused" if run.training.steps else "Ready"
         if any(r.diverged for r in session.runs):
             state = "Diverged: the loss is no longer finite. Lower the learning rate and reset"
-        moved = run.moves[-1] if run.moves else None
-        since = f", {moved.name.replace('_', ' ')} moved at step {moved.steps:,}" if moved and moved.steps else ""
-        return (f'<div role="status" class="companion-status" data-batch-size="{run.training.batch_size}">{state}. Batch size '
-                f"{run.training.batch_size:,}, learning rate {run.training.lr:.3g}{since}.</div>")  # fmt: skip
+        moved = run.moves[-1] if run.moves and run.moves[-1].steps else None
+        since = f", {_NAMES[moved.name]} moved at step {moved.steps:,}" if moved else ""
+        now = f"Batch size {run.training.batch_size:,}, learning rate {run.training.lr:.3g}{since}."
+        return tag("div", f"{state}. {now}", role="status", class_="companion-status")
 
     def _svg(self) -> str:
         session, axis = self.session, AXES.index(self.axis.value)
         named = session.named_runs()
-        main, x_name = named["this run"], self.axis.label
-        training, latest = main.training, main.latest
-        began, steps, rate = self._speed
-        now = time.monotonic()
-        if now - began > 1 or training.steps < steps:
-            rate = max(training.steps - steps, 0) / (now - began)
-            self._speed = (now, training.steps, rate)
-        marks = [((m.examples_seen, m.steps, m.seconds)[axis],
-                  f"{m.value:,}" if m.name == "batch_size" else f"{m.name} {m.value:.2g} (batch {m.batch_size:,})")
-                 for m in main.moves if m.steps]  # fmt: skip
-        panels = [("minibatch_loss", f"Loss of each minibatch, against {x_name}", {"log": True}),
-                  ("test_accuracy", f"Test accuracy, on {len(session._test[1]):,} examples", {"percent": True})]  # fmt: skip
+        main = named["this run"]
+        marks = [(getattr(m, self.axis.value), _label(m), "this run") for m in main.moves if m.steps]
+        if "pinned" in named:
+            marks += [(getattr(m, self.axis.value), _label(m), "pinned") for m in named["pinned"].moves
+                      if m.steps and m not in main.moves and m.name == "batch_size"]  # fmt: skip
+        panels = [("minibatch_loss", f"Loss of each minibatch, against {self.axis.label}", {"log": True}),
+                  ("test_accuracy", f"Test accuracy, on {session.num_test:,} examples", {"percent": True})]  # fmt: skip
         if not self._small:
             panels.append(("gradient_norm", "Gradient norm of a minibatch", {"log": True, "height": 130}))
         drawn = [
             chart.panel(title, {n: list(r.curves[y].bins) for n, r in named.items()}, axis=axis, marks=marks, **options)
             for y, title, options in panels
         ]
-        ruler = chart.gauge(training.batch_size, main.noise_scale, session.dataset.num_train)
-        drawn.append(f'<div style="{chart.PANEL}; line-height: 1.4">{ruler}'
-                     f'<div class="companion-advice">{advice(training.batch_size, main.noise_scale)}</div></div>')  # fmt: skip
-        picture = main.picture
-        if "regions" in picture and not self._small:
-            d = session.dataset
-            drawn.append(chart.regions(picture["regions"], d.train_inputs.cpu().numpy(), d.train_targets.cpu().numpy()))
-        elif "digits" in picture and not self._small:
+        batch_size, scale = main.training.batch_size, main.noise_scale
+        words = tag("div", advice(batch_size, scale), class_="companion-advice")
+        drawn.append(tag("div", chart.gauge(batch_size, scale, session.dataset.num_train), words, style=chart.PANEL))
+        dataset, picture = main.training.dataset, {} if self._small else main.picture
+        if "regions" in picture:
+            inputs, targets = dataset.train_inputs.cpu().numpy(), dataset.train_targets.cpu().numpy()
+            drawn.append(chart.regions(picture["regions"], inputs, targets))
+        elif "digits" in picture:
             drawn.append(chart.digits(picture["digits"], picture["is"], picture["read"]))
-        keys = "".join(
-            f'<span style="white-space: nowrap"><svg width="26" height="8" aria-hidden="true"><line x2="22" y1="4" y2="4" '
-            f'stroke="{chart.RUNS[n][0]}" stroke-width="2.5" stroke-dasharray="{chart.RUNS[n][1]}"/></svg>{n}'
-            f"{f' (batch {named[n].training.batch_size:,})' if len(named) > 1 else ''} </span>" for n in named
+        return tag(
+            "div", self._keys(named), tag("div", *drawn, style="display: flex; flex-wrap: wrap; gap: 4px 16px"),
+            tag("div", self._facts(main)), class_="companion-chart", data_steps=main.training.steps,
+            style=f"color: {chart.INK}; line-height: 1.5",
         )  # fmt: skip
-        seen = training.examples_seen
-        facts = (f"step {training.steps:,} · {seen:,} examples · epoch {training.epoch:.2f} · {rate:,.0f} steps/s · loss "
-                 f"{number(latest.get('minibatch_loss', math.nan))} · gradient norm {number(latest.get('gradient_norm', math.nan))} "
-                 f"· test accuracy {100 * latest.get('test_accuracy', math.nan):.1f} %")  # fmt: skip
+
+    @staticmethod
+    def _keys(named: Mapping[str, Run]) -> str:
+        """The legend."""
+        keys = []
+        for name, run in named.items():
+            ink, dash = chart.RUNS[name]
+            line = tag("line", x2=22, y1=4, y2=4, stroke=ink, stroke_width=2.5, stroke_dasharray=dash)
+            size = f" (batch {run.training.batch_size:,})" if len(named) > 1 else ""
+            sample = tag("svg", line, width=26, height=8, aria_hidden="true")
+            keys.append(tag("span", sample, name, size, style="white-space: nowrap"))
+        return tag("div", " ".join(keys))
+
+    def _facts(self, run: Run) -> str:
+        """Where the run is now, in a line."""
+        training, now = run.training, time.monotonic()
+        began, steps, rate = self._speed
+        if now - began > 1 or training.steps < steps:
+            rate = max(training.steps - steps, 0) / (now - began)
+            self._speed = (now, training.steps, rate)
+        loss, gradient, accuracy = (
+            run.latest.get(name, math.nan) for name in ("minibatch_loss", "gradient_norm", "test_accuracy")
+        )
         return (
-            f'<div class="companion-chart" data-steps="{training.steps}" style="color: {chart.INK}; line-height: 1.5"><div>{keys}'
-            f'</div><div style="display: flex; flex-wrap: wrap; gap: 4px 16px">{"".join(drawn)}</div><div>{facts}</div></div>'
+            f"step {training.steps:,} · {training.examples_seen:,} examples · epoch {training.epoch:.2f} · {rate:,.0f} "
+            f"steps/s · loss {number(loss)} · gradient norm {number(gradient)} · test accuracy {100 * accuracy:.1f} %"
         )
 
     # What one keeps.
@@ -293,22 +308,27 @@ class Lab(widgets.VBox):
             self.draw()
 
     def keep(self, made: Callable[[], object]) -> None:
-        """Display what ``made()`` returns here, and anew whenever training pauses: what a saved notebook keeps of the lab.
+        """Display what ``made()`` returns here, and anew whenever training pauses, so that a saved notebook has it.
 
-        Called from a thread, so its figures are not pyplot's.
+        It is called from a thread: its figures may not be pyplot's.
         """
-        handle = display(made(), display_id=True)
+        handle = display(_shown(made()), display_id=True)
         if handle is not None:  # None outside IPython
-            self._on_pause.append(lambda: handle.update(made()))
+            self._on_pause.append(lambda: handle.update(_shown(made())))
 
     def curves(self) -> pd.DataFrame:
-        """The thinned curves as drawn, for ``plots.session``: ``run``, ``measure``, the axes, mean, low, high."""
-        return pd.concat([curve.frame().assign(run=name, measure=measure) for name, run in self.session.named_runs().items()
-                          for measure, curve in run.curves.items()], ignore_index=True)  # fmt: skip
+        """The curves as drawn, for ``plots.session``: ``run``, ``measure``, the axes, mean, low, high of each bin."""
+        frames = [
+            curve.frame().assign(run=name, measure=measure)
+            for name, run in self.session.named_runs().items()
+            for measure, curve in run.curves.items()
+        ]
+        return pd.concat(frames, ignore_index=True)
 
     def moves(self) -> pd.DataFrame:
         """The moves of this run, a row each: see ``session.Move``."""
-        return pd.DataFrame([vars(m) for m in self.session.runs[0].moves if m.steps], columns=list(AXES) + ["name", "value", "batch_size"])
+        rows = [vars(m) for m in self.session.runs[0].moves if m.steps]
+        return pd.DataFrame(rows, columns=[*AXES, "name", "value", "batch_size"])
 
     @property
     def history(self) -> pd.DataFrame:
@@ -330,7 +350,8 @@ class Lab(widgets.VBox):
             return (f"Batch {a.batch_size:,.0f} → {b.batch_size:,.0f}: from step to step the loss varies by "
                     f"{b.spread_first:.2g} instead of {a.spread_last:.2g}")  # fmt: skip
         if len(long):
-            return f"Batch {long['batch_size'].iloc[-1]:,.0f}: from step to step the loss varies by {long['spread_last'].iloc[-1]:.2g}"
+            last = long.iloc[-1]
+            return f"Batch {last.batch_size:,.0f}: from step to step the loss varies by {last.spread_last:.2g}"
         return "Nothing trained yet: press play"
 
     def code(self) -> str:
@@ -338,21 +359,22 @@ class Lab(widgets.VBox):
         return self.session.code()
 
     def _show_export(self) -> None:
-        png = io.BytesIO()
-        self.figure().savefig(png, format="png")
         frame = self.history
-        links = [("figure (PNG)", "live_lab.png", "image/png", png.getvalue())]
+        links = [("figure (PNG)", "live_lab.png", "image/png", _png(self.figure()))]
         if len(frame) <= 200_000:
-            links.append((f"history ({len(frame):,} rows, CSV)", "live_lab.csv", "text/csv", frame.to_csv(index=False).encode()))
-        anchors = " · ".join(
-            f'<a download="{name}" href="data:{kind};base64,{base64.b64encode(content).decode()}">{text}</a>'
+            links.append(
+                (f"history ({len(frame):,} rows, CSV)", "live_lab.csv", "text/csv", frame.to_csv(index=False).encode())
+            )
+        anchors = [
+            tag("a", text, download=name, href=f"data:{kind};base64,{base64.b64encode(content).decode()}")
             for text, name, kind, content in links
-        )
-        self._exported.value = (
-            f'<div class="companion-export" style="line-height: 1.5">{anchors} · in a cell, the lab\'s <code>.history</code> is the '
-            f"DataFrame, <code>.figure()</code> the figure. This cell repeats the session without a slider:"
-            f'<pre style="user-select: all">{escape(self.code())}</pre></div>'
-        )
+        ]
+        self._exported.value = tag(
+            "div", " · ".join(anchors), " · in a cell: ", tag("code", "lab.history"), " is the DataFrame, ",
+            tag("code", "lab.figure()"), " the figure. This cell repeats the session without a slider:",
+            tag("pre", escape(self.code()), style="user-select: all"),
+            class_="companion-export", style="line-height: 1.5",
+        )  # fmt: skip
 
     def close(self) -> None:
         """End both threads and take the widgets away."""
@@ -378,6 +400,23 @@ class Lab(widgets.VBox):
         return {**bundle, "text/html": _STATIC} if isinstance(bundle, dict) else bundle
 
 
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _shown(made: object) -> object:
+    # IPython draws pyplot's figures only; these are not, so that a thread may make them.
+    return Image(_png(made)) if isinstance(made, Figure) else made
+
+
+def _label(move: Move) -> str:
+    if move.name == "batch_size":
+        return f"{move.value:,}"
+    return f"{move.name} {move.value:.2g} (batch {move.batch_size:,})"
+
+
 def advice(batch_size: int, noise_scale: float) -> str:
     """What the noise scale says of the batch size, in plain words.
 
@@ -387,7 +426,7 @@ def advice(batch_size: int, noise_scale: float) -> str:
     if math.isnan(noise_scale):
         return ""
     if math.isinf(noise_scale):
-        return "Noise dominates: the gradient hardly stands out of it. A batch 4× larger would cost almost no extra examples."
+        return "Noise dominates: the gradient hardly stands out. A batch 4× larger would cost almost no extra examples."
     share = batch_size / noise_scale
     examples, steps = (1 + 4 * share) / (1 + share), (1 + 1 / share) / (1 + 1 / (4 * share))
     costs = f"{100 * (examples - 1):.0f} % more examples, {steps:.1f}× fewer steps"
@@ -396,7 +435,8 @@ def advice(batch_size: int, noise_scale: float) -> str:
     if share < 4:
         return f"Noise and gradient balance: a batch 4× larger would trade one for the other ({costs})."
     fewer = 1 - (1 + share / 4) / (1 + share)
-    return f"The gradient is nearly exact already: a batch 4× smaller would need {100 * fewer:.0f} % fewer examples, and {(1 + 4 / share) / (1 + 1 / share):.1f}× the steps."
+    costs = f"{100 * fewer:.0f} % fewer examples, and {(1 + 4 / share) / (1 + 1 / share):.1f}× the steps"
+    return f"The gradient is nearly exact already: a batch 4× smaller would need {costs}."
 
 
 def in_browser() -> bool:

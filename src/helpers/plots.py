@@ -21,7 +21,8 @@ BAND = "line: median over seeds; band: the central 95 % of them"
 LABELS = {
     "epochs": "epochs", "steps": "steps", "seconds": "training seconds (one core)", "examples_seen": "examples seen",
     "test_accuracy": "test accuracy", "train_accuracy": "train accuracy", "test_loss": "test loss",
-    "train_loss": "train loss", "minibatch_loss": "loss of each minibatch", "generalization_gap": "generalisation gap (train − test accuracy)",
+    "train_loss": "train loss", "minibatch_loss": "minibatch loss",
+    "generalization_gap": "generalisation gap (train − test accuracy)",
     "distance_from_init": "distance from initial weights ‖w − w₀‖", "weight_norm": "radius ‖w‖",
     "gradient_norm": "gradient norm", "batch_size": "batch size", "measured_batch_size": "batch size",
     "minibatch_noise": "noise of a minibatch's gradient", "tail_fraction": "P(|g| > 0.0082)", "lr": "learning rate",
@@ -139,8 +140,8 @@ def scatter_classes(inputs: np.ndarray, targets: np.ndarray, *, ax: Axes | None 
 def session(curves: pd.DataFrame, moves: pd.DataFrame, *, x: str = "examples_seen") -> Figure:
     """A live session: loss and test accuracy with the spread of each bin, and a line wherever a control moved.
 
-    ``curves``: ``run``, ``measure``, ``x``, mean, low, high; ``moves``: ``x``, name, value, batch_size. The figure is not
-    pyplot's: it may be drawn beside a cell that runs.
+    ``curves``: ``run``, ``measure``, ``x``, mean, low, high; ``moves``: ``x``, name, value, batch_size. The figure is
+    not pyplot's: it may be drawn beside a cell that runs.
     """
     fig = Figure(figsize=(9, 5.6))
     panels = fig.subplots(2, sharex=True)
@@ -155,7 +156,8 @@ def session(curves: pd.DataFrame, moves: pd.DataFrame, *, x: str = "examples_see
         ax.set(ylabel=LABELS[measure])
     for move in moves.itertuples():
         text = f"{move.value:g}" if move.name == "batch_size" else f"{move.name} {move.value:.2g}"
-        panels[0].annotate(f" {text}", (getattr(move, x), 1), xycoords=("data", "axes fraction"), va="top", fontsize=9)
+        at = (getattr(move, x), 1)
+        panels[0].annotate(f" {text}", at, xycoords=("data", "axes fraction"), va="top", fontsize=9)
     panels[0].set_yscale("log")
     panels[1].set(xlabel=LABELS[x])
     panels[1].legend(loc="lower right")

@@ -26,7 +26,7 @@ from helpers.training import Training, check_batch_size, check_lr, check_optimiz
 AXES = ("examples_seen", "steps", "seconds")
 LIVE = ("batch_size", "lr", "momentum")  # act at the next step; any other setting starts over
 _BURST = 0.02  # seconds of steps between two looks at the clock
-_MEASURING = 1 / 15  # of the time, at most, goes into measures
+_MEASURING = 1 / 10  # of the time goes into measures, more only where one takes longer than a tenth of a second
 _PROBE = 128  # examples of one estimate of the noise scale
 _GRID = 60  # points a side at which decision regions are asked for
 
@@ -76,7 +76,7 @@ class Curve:
 
     def frame(self) -> pd.DataFrame:
         """Columns ``AXES``, ``mean``, ``low``, ``high``; a row a bin."""
-        frame = pd.DataFrame(list(self.bins), columns=[*AXES, "count", "mean", "low", "high"])
+        frame = pd.DataFrame(list(self.bins), columns=[*AXES, "count", "mean", "low", "high"], dtype=float)
         return frame.assign(mean=frame["mean"] / frame["count"]).drop(columns="count")
 
 
@@ -89,11 +89,12 @@ class Run:
         self.training, self.settings, self.moves = training, dict(settings), list(moves)
         self.curves = {name: Curve() for name in ("minibatch_loss", "test_accuracy", "gradient_norm")}
         self.latest: dict[str, float] = {}
+        self.measured_at = (-1, -1, 0.0)  # examples_seen, steps, seconds
         self.picture: dict[str, object] = {}
         self._measures: list[dict[str, float]] = []
         self._noise = np.zeros(3)  # weight, tr Σ, |G|²: decaying sums
         # Every step is kept for the export; beyond some megabytes on disk, so that a long run does not fill the memory.
-        self._steps = tempfile.SpooledTemporaryFile(max_size=2**22)
+        self._steps = tempfile.SpooledTemporaryFile(max_size=2**22)  # noqa: SIM115 (the run holds it open)
         self._start = self._taken = (training.examples_seen, training.steps, training.seconds)
         self._lock = threading.Lock()
 
@@ -121,7 +122,7 @@ class Run:
 
     @property
     def noise_scale(self) -> float:
-        """The running estimate of B_simple = tr Σ / |G|²; inf where |G|² does not stand out of the noise, NaN at first."""
+        """The running estimate of B_simple = tr Σ / |G|²; inf where |G|² does not stand out of the noise."""
         weight, variance, squared = self._noise
         return math.nan if not weight else variance / squared if squared > 0 else math.inf
 
@@ -141,6 +142,7 @@ class Run:
             "gradient_norm": training.gradient_norm().item(), "gradient_noise_scale": float(self.noise_scale),
         }  # fmt: skip
         at = (training.examples_seen, training.steps, training.seconds)
+        self.measured_at = at
         for name in ("test_accuracy", "gradient_norm"):
             self.curves[name].add(at, self.latest[name])
         if not (self._measures and self._measures[-1]["steps"] == training.steps):
@@ -167,14 +169,15 @@ class Run:
         moves = list(self.moves)
         examples, steps, _ = self._start
         frame = pd.DataFrame({
-            "steps": steps + 1 + np.arange(len(block)), "examples_seen": examples + block["size"].cumsum(dtype=np.int64),
-            "seconds": block["seconds"], "minibatch_size": block["size"], "minibatch_loss": block["loss"].astype(float),
+            "steps": steps + 1 + np.arange(len(block)),
+            "examples_seen": examples + block["size"].cumsum(dtype=np.int64), "seconds": block["seconds"],
+            "minibatch_size": block["size"], "minibatch_loss": block["loss"].astype(float),
         })  # fmt: skip
         for name in LIVE:
             its = [m for m in moves if m.name == name]
             values = np.array([self.settings[name], *(m.value for m in its)])
             frame[f"{name}_now"] = values[np.searchsorted([m.steps for m in its], frame["steps"], side="left")]
-        measures = pd.DataFrame(list(self._measures), columns=[*AXES, *MEASURES])
+        measures = pd.DataFrame(list(self._measures), columns=[*AXES, *MEASURES], dtype=float)
         before = measures[measures["steps"] == steps].drop(columns="steps").assign(steps=steps)
         frame = frame.merge(measures.drop(columns=["examples_seen", "seconds"]), on="steps", how="left")
         frame = pd.concat([before, frame], ignore_index=True) if len(before) else frame
@@ -182,7 +185,7 @@ class Run:
                       "minibatch_loss", *MEASURES]]  # fmt: skip
 
     def stretches(self) -> pd.DataFrame:
-        """One row per stretch of steps with the same controls: batch_size, lr, momentum, steps, spread_first, spread_last.
+        """One row per stretch of steps with the same controls: these, ``steps``, ``spread_first`` and ``spread_last``.
 
         Spread: standard deviation of the minibatch loss without its trend, from the differences of neighbours; over the
         first and the last 100 steps, so that two stretches are compared where they meet.
@@ -246,8 +249,10 @@ class Session:
         examples_per_second: float | None = None,
         test_examples: int = 1000,
     ):
-        self.settings = dict(dataset=dataset, num_train=num_train, model=model, seed=seed, optimizer=optimizer,
-                             batch_size=batch_size, lr=lr, momentum=momentum)  # fmt: skip
+        self.settings: dict[str, object] = {
+            "dataset": dataset, "num_train": num_train, "model": model, "seed": seed, "optimizer": optimizer,
+            "batch_size": batch_size, "lr": lr, "momentum": momentum,
+        }  # fmt: skip
         self.pinned_batch_size: int | None = None
         self.examples_per_second, self.test_examples = examples_per_second, test_examples
         self.runs: tuple[Run, ...] = ()
@@ -263,14 +268,19 @@ class Session:
         self.dataset = self._load(dataset)
         self.builds = 0  # how often training has started over
         self._check(**{name: self.settings[name] for name in ("batch_size", "lr", "momentum", "model")})
+        self._threads_before = torch.get_num_threads()
+        self.threads = max(1, self._threads_before - 1)
+        # Here, not in the thread: the first optimizer of a process takes seconds, and play should act at once.
+        self._start_over()
         self.thread = threading.Thread(target=self._work, name="companion-trainer", daemon=True)
         self.thread.start()
 
     # What a control calls, from any thread: leaves a wish and returns.
 
     def move(self, name: str, value: object) -> None:
-        """Set batch_size, lr or momentum from the next step on, or another setting from step 0; ValueError for bad ones.
+        """Set batch_size, lr or momentum from the next step on; optimizer, model or dataset start over with it.
 
+        Raises ValueError for a value that cannot be.
         ``pinned_batch_size`` sets beside it a second run, which branches off here and is fed the same examples; None
         ends it. ``examples_per_second`` is the pace.
         """
@@ -291,7 +301,7 @@ class Session:
         self._wish("step", None)
 
     def reset(self) -> None:
-        """Start over, from the same initial weights and the same order of examples; this run becomes the previous one."""
+        """Start over from the same weights and the same order of examples; this run becomes the previous one."""
         self._wish("reset", None)
 
     def rehearse(self, script: Mapping[float, Callable[[], None]], until: float) -> None:
@@ -309,7 +319,7 @@ class Session:
         self._script, self._measure_every = deque(), None
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until all wishes are met and nothing plays; raises what failed in the thread, TimeoutError if too long."""
+        """Block until all wishes are met and nothing plays; raises what failed in the thread, or TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._idle or self.closed, timeout):
                 raise TimeoutError(f"still training after {timeout:g} s")
@@ -323,6 +333,11 @@ class Session:
             self._changed.notify_all()
         if threading.current_thread() is not self.thread:
             self.thread.join()
+
+    @property
+    def num_test(self) -> int:
+        """How many test examples accuracy is measured on."""
+        return len(self._test[1])
 
     @property
     def idle(self) -> bool:
@@ -342,7 +357,8 @@ class Session:
     def code(self) -> str:
         """A cell that repeats the session (the pinned run too) without a slider."""
         names = ("training", "pinned")
-        head = "from helpers import data\nfrom helpers.training import Training\n\n"
+        head = "import torch\n\nfrom helpers import data\nfrom helpers.training import Training\n\n"
+        head += f"torch.set_num_threads({self.threads})  # as the session had: sums are the same to the bit\n\n"
         return head + "\n\n".join(run.code(name) for name, run in zip(names, self.runs))
 
     # The rest happens in the trainer thread.
@@ -368,18 +384,15 @@ class Session:
         with self._changed:
             if self.closed:
                 raise RuntimeError("this session is closed; run its cell again")
-            steps = self.runs[0].training.steps if self.runs else 0
-            self._wishes.append((name, value, steps, time.time()))
+            self._wishes.append((name, value, self.runs[0].training.steps, time.time()))
             self._idle = False
             self._changed.notify_all()
 
     def _work(self) -> None:
-        start = True
+        # One core is left to the browser and to the controls: sharing all of them slows both down.
+        torch.set_num_threads(self.threads)
         while not self.closed:
             try:
-                if start:
-                    start = False
-                    self._start_over()
                 self._grant_wishes()
                 if self.playing:
                     self._burst()
@@ -389,11 +402,12 @@ class Session:
                 self.playing, self._failure = False, error
                 self.error = "".join(traceback.format_exception(error)[-3:]).strip()
                 self._script = deque()
+        torch.set_num_threads(self._threads_before)
 
     def _settle(self) -> None:
         """Nothing plays: bring the measures up to date once, then wait for a wish."""
         if self._failure is None:
-            self._take(measure=any(run.training.steps != run.latest.get("at") for run in self.runs))
+            self._take(measure=any(run.training.steps != run.measured_at[1] for run in self.runs))
         with self._changed:
             if not (self._wishes or self.playing or self.closed):
                 self._idle = True
@@ -425,7 +439,7 @@ class Session:
         if self._measure_every is None:
             return time.monotonic() > self._next_measure
         main = self.runs[0]
-        return main.training.examples_seen >= main.latest.get("examples", 0) + self._measure_every
+        return main.training.examples_seen >= main.measured_at[0] + self._measure_every
 
     def _ahead(self) -> float:
         """Seconds by which training is ahead of its pace."""
@@ -444,9 +458,9 @@ class Session:
             run.take()
             if measure:
                 run.measure(*self._test)
-                run.latest |= {"at": run.training.steps, "examples": run.training.examples_seen}
         if measure:
-            self._next_measure = time.monotonic() + max(0.1, (time.monotonic() - started) / _MEASURING)
+            took = time.monotonic() - started
+            self._next_measure = time.monotonic() + min(max(0.1, took / _MEASURING), 1.0)
 
     def _grant_wishes(self) -> None:
         while self._wishes and not self.closed:
@@ -466,7 +480,7 @@ class Session:
                     self._apply(run, name, value, steps, asked_at)
             elif name != "step":
                 self._start_over(**({} if name == "reset" else {name: value}))
-            self._pace = (time.monotonic(), self.runs[0].training.examples_seen if self.runs else 0)
+            self._pace = (time.monotonic(), self.runs[0].training.examples_seen)
 
     def _single_step(self) -> None:
         self.playing = False
@@ -486,8 +500,6 @@ class Session:
 
     def _pin(self, batch_size: int | None, steps: int = 0, asked_at: float = 0.0) -> None:
         self.pinned_batch_size = batch_size  # kept by a reset too
-        if not self.runs:
-            return
         main = self.runs[0]
         if batch_size is None:
             self.runs = (main,)
@@ -531,10 +543,10 @@ class Session:
             self.previous = self.runs[0]
         self.settings, self.dataset, self.error, self._failure = settings, dataset, "", None
         self._test = self._draw_test()
-        recorded = settings | {"dataset": dataset.name, "num_train": dataset.num_train}
-        self.runs, pinned = (Run(training, recorded),), self.pinned_batch_size
+        run = Run(training, settings | {"dataset": dataset.name, "num_train": dataset.num_train})
+        run.measure(*self._test)  # before anybody sees it
+        self.runs, pinned = (run,), self.pinned_batch_size
         if pinned is not None:
             self._pin(min(pinned, dataset.num_train))
-        self._pace = (time.monotonic(), 0)
-        self._take(measure=True)
+        self._pace, self._next_measure = (time.monotonic(), 0), 0.0
         self.builds += 1

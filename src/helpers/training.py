@@ -276,7 +276,7 @@ class Training:
 
     @property
     def diverged_at(self) -> torch.Tensor:
-        """The first step whose loss was not finite, else NaN, as far as losses were taken or recorded: ``(replicas,)``."""
+        """The first step whose loss was not finite, else NaN, as of the last record or ``take_losses``."""
         return self._diverged_at.clone()
 
     def gradient_norm(self) -> torch.Tensor:
