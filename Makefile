@@ -1,10 +1,10 @@
-# run · test · lab · clean: each sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
+# run · test · lab · app · clean: each sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: run test lab clean
+.PHONY: run test lab app clean
 
 run: .venv/.ready
 	@$(BIN)/companion run $(ARGS)
@@ -16,6 +16,13 @@ test: .venv/.ready
 lab: .venv/.ready
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $$([ "$$(id -u)" = 0 ] && echo --allow-root) \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+
+app: .venv/.app
+	@$(BIN)/voila notebooks/10_live_lab.ipynb --Voila.ip=127.0.0.1 $(ARGS)
+
+.venv/.app: .venv/.ready
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[app]'
+	@touch $@
 
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -45,7 +45,7 @@ def test_index_page_opens_whole_at_any_width(run_folder, browser, width):
     page.goto((run_folder / "index.html").as_uri())
     assert page.locator("h1").inner_text() == "What does the batch size do to training?"
     images = page.locator("figure img")
-    assert images.count() == 5
+    assert images.count() == 6
     assert images.evaluate_all("all => all.every(i => i.complete && i.naturalWidth > 300 && i.alt.length > 40)")
     assert page.locator("#verdicts ~ p").first.inner_text().startswith("0 claims reproduced")
     assert page.evaluate("document.documentElement.scrollWidth") <= width

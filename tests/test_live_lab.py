@@ -355,9 +355,9 @@ def test_latency_and_draw_rate_are_printed(lab, capsys):
     drawn, undrawn = (float(np.median(s)) for s in speeds.values())
     with capsys.disabled():
         print(
-            f"\nslider to engine at batch 64 on {lab.value('lab.session.dataset.name')}: median {np.median(wait):.0f} ms, "
-            f"95th percentile {np.quantile(wait, 0.95):.0f} ms, worst {wait.max():.0f} ms; {draws:.1f} draws/s; "
-            f"{drawn:.0f} steps/s, {undrawn:.0f} undrawn"
+            f"\nslider to engine at batch 64 on {lab.value('lab.session.dataset.name')}: "
+            f"median {np.median(wait):.0f} ms, 95th percentile {np.quantile(wait, 0.95):.0f} ms, "
+            f"worst {wait.max():.0f} ms; {draws:.1f} draws/s; {drawn:.0f} steps/s, {undrawn:.0f} undrawn"
         )
     assert (wait > 0).all()
 

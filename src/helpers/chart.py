@@ -29,7 +29,7 @@ CLASSES = sns.color_palette("colorblind")
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 52, 14, 26, 24
 _FONT = {"font_family": "var(--jp-ui-font-family, sans-serif)", "font_size": 11}
 _SHORT = EngFormatter(sep="")
-PANEL = "flex: 1 1 370px; max-width: 620px; min-width: 0"  # two beside each other in a notebook, one on a phone
+PANEL = "flex: 1 1 410px; max-width: 620px; min-width: 0"  # two beside each other in a notebook, one on a phone
 
 
 def tag(name: str, *body: str, **attributes: object) -> str:

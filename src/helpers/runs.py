@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import html
 import importlib.metadata
 import json
 import os
@@ -221,8 +222,11 @@ def _execute(item: Planned, out: Path) -> None:
     # nbclient tells the kernel what an Output widget shows while its cell still runs; about one in 300 such cells then
     # never ends (nbclient 0.11, ipykernel 7.4). Nobody reads it there: the widget state comes from nbclient's own copy.
     quiet = mock.patch.object(OutputWidget, "sync_state", return_value=None)
+    # A run that was started from a cell of JupyterLab: nobody watches its notebooks (see live.in_browser).
+    unwatched = mock.patch.dict(os.environ)
     try:
-        with quiet:
+        with quiet, unwatched:
+            os.environ.pop("JPY_SESSION_NAME", None)
             papermill.execute_notebook(
                 str(item.path), str(target), parameters, kernel_name="python3", cwd=str(out), progress_bar=False,
                 stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
@@ -246,14 +250,12 @@ def _execute(item: Planned, out: Path) -> None:
 
 
 def widget_errors(notebook) -> list[str]:
-    """Errors that a widget's callback raised: papermill reports none, they lie in the notebook's widget state."""
-    states = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
-    return [
-        f"{output.get('ename')}: {output.get('evalue')}"
-        for model in states.values()
-        for output in model.get("state", {}).get("outputs", ())
-        if output.get("output_type") == "error"
-    ]
+    """Errors in a widget's callback or a live lab: papermill reports none, they lie in the notebook's widget state."""
+    held = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    states = [model.get("state", {}) for model in held.values()]
+    errors = [o for state in states for o in state.get("outputs", ()) if o.get("output_type") == "error"]
+    shown = [re.search(r'class="companion-error".*?<b>(.*?)</b>', str(state.get("value")), re.S) for state in states]
+    return [f"{e.get('ename')}: {e.get('evalue')}" for e in errors] + [html.unescape(s.group(1)) for s in shown if s]
 
 
 def title_of(path: Path) -> str:

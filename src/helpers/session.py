@@ -417,8 +417,9 @@ class Session:
     def _burst(self) -> None:
         end = time.monotonic() + _BURST
         while self.playing and time.monotonic() < end:
-            while self._script and self.runs[0].training.examples_seen >= self._script[0][0]:
-                self._script.popleft()[1]()
+            script = self._script  # which the user's hand may replace at any time
+            while script and script is self._script and self.runs[0].training.examples_seen >= script[0][0]:
+                script.popleft()[1]()
             self._grant_wishes()
             if self.playing:
                 self._step()
