@@ -45,3 +45,8 @@ def mlp_gradient(weights, inputs, targets):
             total[b] += delta / len(targets)
             delta = (weights[w].T @ delta) * (activation > 0)
     return total
+
+
+def squared_norm(gradient):
+    """Of a gradient by name, all its entries together."""
+    return sum(float((g**2).sum()) for g in gradient.values())

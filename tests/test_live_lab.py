@@ -1,6 +1,7 @@
 """The live lab in a real JupyterLab in a real Chromium: what a user drags is what the engine does, at once."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -110,47 +112,58 @@ class Lab:
         return json.dumps(self.page.evaluate("panel.content.model.toJSON().cells.map(c => c.outputs)"))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A JupyterLab of its own, on a free port of loopback: (address, token)."""
-    home = tmp_path_factory.mktemp("jupyter")
-    root, token = home / "root", secrets.token_hex(16)
-    root.mkdir()
+def copy_notebook(folder):
+    """Notebook 10 with a short rehearsal, on the real MNIST where it is."""
     notebook = nbformat.read(runs.notebooks()["10_live_lab"], as_version=4)
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    data_folder = os.environ.get("COMPANION_DATA", "")
-    real = (Path(data_folder) / "MNIST/raw/train-images-idx3-ubyte").exists()
-    cell.source += (
-        f'\ndataset = "{"mnist" if real else "digits"}"\nmove_at, end_at = 3000, 6000\nlarge_batch_size = 256'
-    )
-    nbformat.write(notebook, root / "10_live_lab.ipynb")
+    real = (Path(os.environ.get("COMPANION_DATA", "")) / "MNIST/raw/train-images-idx3-ubyte").exists()
+    cell.source += "\nmove_at, end_at, large_batch_size = 3000, 6000, 256"
+    cell.source += f"\ndataset = {'mnist' if real else 'digits'!r}"
+    folder.mkdir()
+    nbformat.write(notebook, folder / "10_live_lab.ipynb")
+    return folder / "10_live_lab.ipynb"
+
+
+@contextlib.contextmanager
+def serving(home, module, *options, ready="/"):
+    """A server of its own, on a free port of loopback; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folders = {name: str(home / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
                "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}  # fmt: skip
-    no_news = home / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    no_news.parent.mkdir(parents=True)  # JupyterLab's question whether to fetch news would lie over the page
-    no_news.write_text('{"fetchNews": "false"}')
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--allow-root",
-               "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
-               "--expose-app-in-browser"]  # fmt: skip
-    log = home / "log"
+    command = [sys.executable, "-m", module, "--no-browser", f"--port={port}", *options]
+    log, address = home / "log", f"http://127.0.0.1:{port}"
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=os.environ | folders, stdout=stream, stderr=stream)
-    address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
             try:
-                urllib.request.urlopen(f"{address}/api?token={token}", timeout=1)
+                urllib.request.urlopen(f"{address}{ready}", timeout=60)
                 break
+            except urllib.error.HTTPError:
+                break  # it answers
             except OSError:
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.1)
-        yield address, token
+        yield address
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A JupyterLab of its own: (address, token)."""
+    home, token = tmp_path_factory.mktemp("jupyter"), secrets.token_hex(16)
+    root = copy_notebook(home / "root").parent
+    no_news = home / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    no_news.parent.mkdir(parents=True)  # JupyterLab's question whether to fetch news would lie over the page
+    no_news.write_text('{"fetchNews": "false"}')
+    options = ["--ip=127.0.0.1", "--allow-root", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+               f"--ServerApp.root_dir={root}", "--expose-app-in-browser"]  # fmt: skip
+    with serving(home, "jupyterlab", *options, ready=f"/api?token={token}") as address:
+        yield address, token
 
 
 @pytest.fixture(scope="module")
@@ -381,3 +394,18 @@ def test_the_page_logged_no_error_and_asked_loopback_only(lab):
     }
     assert hosts == {lab.address.removeprefix("http://")}
     assert lab.problems == []
+
+
+def test_voila_serves_it_as_an_app(browser, tmp_path):
+    notebook = copy_notebook(tmp_path / "root")
+    with serving(tmp_path, "voila", str(notebook), "--Voila.ip=127.0.0.1", ready="/voila/static/nope") as address:
+        page = browser.new_page()
+        page.goto(address, timeout=120_000)
+        page.locator(".companion-status", has_text="Paused. Batch size 256").wait_for(timeout=60_000)
+        label = page.locator(".widget-label", has_text=re.compile("^batch size$"))
+        page.locator(".companion-lab .widget-hslider", has=label).locator(".noUi-handle").press("ArrowRight")
+        page.locator(".companion-status", has_text="Batch size 512").wait_for()
+        steps = page.locator(".companion-chart").get_attribute("data-steps")
+        page.locator(".companion-lab button", has_text=re.compile("Play$")).click()
+        page.locator(f".companion-chart:not([data-steps='{steps}'])").wait_for()
+        assert page.get_by_text("lab.rehearse(").count() == 0  # the app shows no code

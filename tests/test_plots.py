@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers import plots
@@ -178,3 +179,59 @@ def test_the_same_figure_is_the_same_svg_to_the_byte(tmp_path):
 def test_modules_that_need_no_torch_import_none(module):
     code = f"import sys, helpers.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# A live session
+
+
+def session_frames():
+    """Curves of three runs in both measures, as thinned bins, and two moves."""
+    axis = np.array([100.0, 200.0, 400.0])
+    frames = [
+        pd.DataFrame({"run": run, "measure": measure, "examples_seen": axis, "steps": axis / 10,
+                      "seconds": axis / 50, "mean": i + axis, "low": i + axis / 2, "high": i + 2 * axis})
+        for i, run in enumerate(["previous", "this run", "pinned"])
+        for measure in ("minibatch_loss", "test_accuracy", "gradient_norm")
+    ]  # fmt: skip
+    moves = [[200, 20, 4.0, "batch_size", 256, 256], [300, 30, 6.0, "lr", 0.0123, 256]]
+    columns = ["examples_seen", "steps", "seconds", "name", "value", "batch_size"]
+    return pd.concat(frames), pd.DataFrame(moves, columns=columns)
+
+
+@pytest.mark.parametrize(("x", "at"), [("examples_seen", [200, 300]), ("steps", [20, 30]), ("seconds", [4, 6])])
+def test_a_session_has_a_line_per_run_and_per_move_in_each_of_two_panels(x, at):
+    curves, moves = session_frames()
+    fig = plots.session(curves, moves, x=x)
+    assert isinstance(fig, Figure) and len(fig.axes) == 2
+    for ax, measure in zip(fig.axes, ("minibatch_loss", "test_accuracy")):
+        drawn = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+        assert [line.get_label() for line in drawn] == ["previous", "this run", "pinned"]
+        for line, band in zip(drawn, ax.collections):
+            mine = curves.query("run == @line.get_label() and measure == @measure")
+            np.testing.assert_allclose(line.get_xydata(), mine[[x, "mean"]])
+            corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
+            assert set(zip(mine[x], mine["low"])) | set(zip(mine[x], mine["high"])) <= corners
+        marks = [line.get_xdata()[0] for line in ax.get_lines() if line.get_label().startswith("_")]
+        assert marks == at
+        assert ax.get_ylabel() == plots.LABELS[measure]
+    assert [text.get_text() for text in fig.axes[0].texts] == [" 256", " lr 0.012"]
+    assert (fig.axes[0].get_yscale(), fig.axes[1].get_xlabel()) == ("log", plots.LABELS[x])
+
+
+def test_a_sessions_figure_is_not_pyplots_and_can_be_drawn_without_it(tmp_path):
+    curves, moves = session_frames()
+    fig = plots.session(curves.query("run == 'this run'"), moves.iloc[:0])
+    assert plt.get_fignums() == []
+    plots.headline(fig, "Batch 8 → 256")
+    fig.savefig(tmp_path / "session.png")
+    assert fig.get_suptitle() == "Batch 8 → 256" and (tmp_path / "session.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("smallest", [0.0, 1e-8])
+def test_a_single_loss_of_nearly_0_does_not_stretch_a_sessions_axis(smallest):
+    axis = np.arange(1.0, 101)
+    losses = pd.DataFrame({"run": "this run", "measure": "minibatch_loss", "examples_seen": axis, "mean": 1.0,
+                           "low": [smallest] + [0.5] * 99, "high": 2.0})  # fmt: skip
+    both = pd.concat([losses, losses.assign(measure="test_accuracy", low=0.0)])
+    low, high = plots.session(both, session_frames()[1].iloc[:0]).axes[0].get_ylim()
+    assert 0.2 < low < 0.5 and 2 < high < 10

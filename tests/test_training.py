@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from oracles import mlp_gradient, mlp_loss, one_replica
+from oracles import mlp_gradient, mlp_loss, one_replica, squared_norm
 
 from helpers import data, geometry
 from helpers.training import Schedule, Training, schedule
@@ -432,3 +432,164 @@ def test_shens_network_learns_mnist(mnist_root):
     training = train(mnist, "shen_mlp", batch_size=64, measures=geometry.distances).advance(epochs=2)
     assert training.history["test_accuracy"].iloc[-1] > 0.75
     assert training.history["weight_norm"].iloc[0] == pytest.approx(43.95, abs=0.1)
+
+
+# What a live session asks of it
+
+
+def heavy_ball(w, momenta, minibatches, lr):
+    """SGD with a momentum for each step in float64; where it is 0, nothing builds up."""
+    v = {name: np.zeros_like(value) for name, value in w.items()}
+    for momentum, (inputs, targets) in zip(momenta, minibatches):
+        for name, g in mlp_gradient(w, inputs, targets).items():
+            v[name] = momentum * v[name] + g
+            w[name] -= lr * v[name]
+        v = {name: value * (momentum > 0) for name, value in v.items()}
+    return w
+
+
+@pytest.mark.parametrize(
+    "momenta", [[0.9, 0.9, 0.5, 0.5], [0.0, 0.0, 0.9, 0.9], [0.9, 0.9, 0.0, 0.0, 0.9, 0.9]], ids=["less", "on", "off"]
+)
+def test_momentum_set_between_steps_acts_on_the_next_one_and_0_forgets(momenta):
+    training, minibatches = train(batch_size=20, lr=0.05, momentum=momenta[0]), []
+    w = one_replica(training.weights())
+    for momentum in momenta:
+        training.momentum = momentum
+        assert training.momentum == momentum
+        minibatches.append(minibatch(training))
+        training.step()
+    expected = heavy_ball(w, momenta, minibatches, 0.05)
+    for name, value in one_replica(training.weights()).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_momentum_set_before_the_first_step_is_momentum_given():
+    given, late = train(batch_size=20, momentum=0.8), train(batch_size=20)
+    late.momentum = 0.8
+    assert same(given.advance(steps=5).weights(), late.advance(steps=5).weights())
+
+
+@pytest.mark.parametrize("value", [1, -0.1, math.nan, math.inf])
+def test_a_bad_momentum_is_refused_and_leaves_the_old_one(value):
+    training = train(momentum=0.5)
+    with pytest.raises(ValueError, match="momentum is"):
+        training.momentum = value
+    assert training.momentum == 0.5
+
+
+@pytest.mark.parametrize("value", ["0.5", None])
+def test_a_momentum_that_is_no_number_is_refused_as_a_bad_lr_is(value):
+    with pytest.raises(ValueError, match="momentum is"):
+        train().momentum = value
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_only_sgd_takes_a_momentum(optimizer):
+    training = train(optimizer=optimizer)
+    with pytest.raises(ValueError, match="with sgd alone"):
+        training.momentum = 0.5
+    training.momentum = 0
+    assert training.momentum == 0
+
+
+def test_take_losses_hands_each_minibatchs_loss_out_once():
+    training, expected = train(seeds=[0, 1], batch_size=200, lr=0.1), []
+    for _ in range(4):
+        before = [one_replica(training.weights(), replica) for replica in range(2)]
+        expected.append([mlp_loss(w, *minibatch(training, replica)) for replica, w in enumerate(before)])
+        training.step()
+    sizes, losses = training.take_losses()
+    assert sizes.tolist() == [200, 200, 100, 200]  # the short one that ends the epoch
+    assert losses.dtype == torch.float64
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert [tuple(t.shape) for t in training.take_losses()] == [(0,), (0, 2)]
+    training.step()
+    assert training.take_losses()[0].tolist() == [200]
+
+
+def test_a_record_averages_what_came_after_the_losses_were_taken():
+    training = train(batch_size=200).advance(steps=2, record=False)
+    training.take_losses()
+    w, last = one_replica(training.weights()), minibatch(training)
+    training.step()
+    training.record()
+    assert training.history["minibatch_loss"].tolist() == [pytest.approx(mlp_loss(w, *last), rel=1e-5)]
+    training.record()
+    assert math.isnan(training.history["minibatch_loss"].iloc[-1])
+
+
+def test_taking_losses_notes_the_step_of_a_divergence():
+    training = train(seeds=[0, 1], batch_size=50).advance(steps=3, record=False)
+    assert training.diverged_at.isnan().all()
+    with torch.no_grad():
+        training.model.head.weight[1] = math.nan
+    training.advance(steps=4, record=False)
+    assert training.diverged_at.isnan().all()  # nobody has looked yet
+    losses = training.take_losses()[1]
+    assert losses.isfinite().tolist() == [[True, True]] * 3 + [[True, False]] * 4
+    training.advance(steps=2, record=False).take_losses()
+    found = training.diverged_at
+    assert found.isnan().tolist() == [True, False] and found[1] == 4
+    found[:] = 0
+    assert training.diverged_at[1] == 4  # a copy was handed out
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adam"}], ids=["momentum", "adam"])
+def test_a_branch_goes_on_to_the_bit_and_by_itself(options):
+    through, trunk = (train(seeds=[0, 3], batch_size=60, **options).advance(steps=5) for _ in range(2))
+    branch = trunk.branch()
+    at_branch = trunk.weights()
+    branch.batch_size, branch.lr = 30, 0.02
+    branch.advance(steps=3, record=False)
+    assert same(trunk.weights(), at_branch) and (trunk.steps, trunk.batch_size) == (5, 60)
+    second = trunk.branch()
+    trunk.advance(steps=2, record=False)  # which must not touch the second
+    for training in (through, second):
+        training.advance(steps=7, record=False).record()
+    assert same(through.weights(), second.weights())
+    assert without_seconds(through.history).equals(without_seconds(second.history))
+    assert not same(through.weights(), branch.weights())
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adam"}], ids=["momentum", "adam"])
+def test_a_branchs_changed_settings_act_as_in_a_training_that_was_changed(options):
+    changed, trunk = (train(batch_size=60, **options).advance(steps=5, record=False) for _ in range(2))
+    branch = trunk.branch()
+    for training in (changed, branch):
+        training.batch_size, training.lr = 35, 0.02
+        training.advance(steps=12, record=False)
+    assert (branch.steps, branch.examples_seen) == (changed.steps, changed.examples_seen)
+    assert same(changed.weights(), branch.weights())
+
+
+def test_a_branch_shares_the_examples_and_nothing_else():
+    trunk = train(batch_size=60, momentum=0.9).advance(steps=2, record=False)
+    branch = trunk.branch()
+    assert branch.dataset is trunk.dataset
+    assert not {p.data_ptr() for p in trunk.model.parameters()} & {p.data_ptr() for p in branch.model.parameters()}
+    trunk.take_losses()
+    assert branch.take_losses()[0].tolist() == [60, 60]
+
+
+def test_logits_of_a_set_larger_than_a_chunk_are_the_forward_pass_of_every_example():
+    dataset = plane(2_500)
+    training = train(dataset, seeds=[0, 1], batch_size=50, lr=0.1).advance(steps=3, record=False)
+    logits = training.logits(dataset.train_inputs)
+    assert logits.shape == (2, 2_500, 2)
+    inputs = dataset.train_inputs.double().numpy()
+    for replica in range(2):
+        w = one_replica(training.weights(), replica)
+        hidden = np.maximum(inputs @ w["layers.0.weight"].T + w["layers.0.bias"], 0)
+        expected = hidden @ w["head.weight"].T + w["head.bias"]
+        np.testing.assert_allclose(logits[replica], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_norm_is_of_the_last_steps_minibatch():
+    training = train(seeds=[0, 1], batch_size=30, lr=0.1)
+    assert training.gradient_norm().isnan().tolist() == [True, True]
+    for _ in range(3):
+        before = [one_replica(training.weights(), replica) for replica in range(2)]
+        norms = [squared_norm(mlp_gradient(w, *minibatch(training, r))) ** 0.5 for r, w in enumerate(before)]
+        training.step()
+        np.testing.assert_allclose(training.gradient_norm(), norms, rtol=1e-4)

@@ -57,7 +57,7 @@ def panel(
     percent: bool = False,
     height: int = 190,
 ) -> str:
-    """Curves of thinned bins (see ``session.Curve``) against their column ``axis``, with the spread of each bin.
+    """Curves of thinned bins (see ``trace.Curve``) against their column ``axis``, with the spread of each bin.
 
     ``marks``: (x, label, run), a vertical line each; where labels would overlap, the later one is written.
     """

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 
 from helpers import chart, models, plots
 from helpers.chart import number, tag
-from helpers.session import AXES, Move, Run, Session
+from helpers.session import Session
+from helpers.trace import AXES, Move, Run
 from helpers.training import OPTIMIZERS
 
 DRAWS_PER_SECOND = 6
@@ -70,7 +71,9 @@ class Lab(widgets.VBox):
         self.error = ""  # of the drawing; the session has its own
         self._small, self._builds, self._following = small, 0, False
         self._on_pause: list[Callable[[], None]] = []
-        self._stop, self._drawing, self._was_playing = threading.Event(), threading.Lock(), False
+        self._stop, self._drawing = threading.Event(), threading.Lock()
+        self._kept = 0  # how many plays what is kept has seen
+        self._sizes_asked = {batch_size}
         self._speed = (time.monotonic(), 0, 0.0)
         super().__init__(self._controls(datasets, epochs_per_second))
         self.add_class("companion-lab")
@@ -105,13 +108,24 @@ class Lab(widgets.VBox):
         # Not a FloatLogSlider: a browser rounds its value to the next step and sends that back unasked.
         self.lr = widgets.SelectionSlider(options=[(f"{lr:g}", lr) for lr in sorted({*_RATES, s["lr"]})], value=s["lr"],
                                           description="learning rate", style=wide, layout=box)  # fmt: skip
-        self.momentum = widgets.FloatSlider(value=s["momentum"], min=0, max=0.99, step=0.01, description="momentum",
-                                            disabled=s["optimizer"] != "sgd", style=wide, layout=box)  # fmt: skip
+        self.momentum = widgets.FloatSlider(
+            value=s["momentum"],
+            min=0,
+            max=max(0.99, s["momentum"]),
+            step=0.01,
+            description="momentum",
+            disabled=s["optimizer"] != "sgd",
+            style=wide,
+            layout=box,
+        )
         self.pin = widgets.ToggleButton(
             description="Pin a second run",
             icon="thumb-tack",
             tooltip="From here on, a second run with a batch size of its own, fed the same examples",
         )
+        paces = _PACES
+        if epochs_per_second not in paces.values():
+            paces = {f"{epochs_per_second:g} epochs a second": epochs_per_second} | paces
         self.dataset, self.model, self.optimizer, self.axis, self.pace = (
             widgets.Dropdown(options=options, value=value, description=name, style=wide, layout=box)
             for name, options, value in [
@@ -119,7 +133,7 @@ class Lab(widgets.VBox):
                 ("model", self._models(), s["model"]),
                 ("optimizer", OPTIMIZERS, s["optimizer"]),
                 ("x-axis", _AXES, "examples_seen"),
-                ("pace", _PACES, epochs_per_second),
+                ("pace", paces, epochs_per_second),
             ]
         )
         self._status, self._figure, self._exported = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -145,9 +159,9 @@ class Lab(widgets.VBox):
 
     def _sizes(self) -> list[tuple[str, int]]:
         full = self.session.dataset.num_train
-        wanted = self.session.settings["batch_size"], self.session.pinned_batch_size or 1
-        sizes = sorted({*(2**k for k in range(full.bit_length())), *wanted} - {full})
-        return [(f"{size:,}", size) for size in sizes] + [(f"full ({full:,})", full)]
+        used = {self.session.settings["batch_size"], self.session.pinned_batch_size or 1}
+        sizes = {*(2**k for k in range(full.bit_length())), *self._sizes_asked, *used}
+        return [(f"{size:,}", size) for size in sorted(sizes) if size < full] + [(f"full ({full:,})", full)]
 
     def _models(self) -> list[str]:
         return [name for name in models.MODELS if name != "plain_cnn" or len(self.session.dataset.input_shape) == 3]
@@ -177,9 +191,10 @@ class Lab(widgets.VBox):
         try:
             pinned = session.pinned_batch_size or self.pinned_batch_size.value
             for slider, value in [(self.batch_size, s["batch_size"]), (self.pinned_batch_size, pinned)]:
-                if slider.options != tuple(self._sizes()):
-                    slider.options = self._sizes()
-                slider.value = min(value, session.dataset.num_train)
+                sizes = self._sizes()
+                if slider.options != tuple(sizes):
+                    slider.options = sizes
+                slider.value = max(size for _, size in sizes if size <= value)
             self.model.options = self._models()
             self.model.value, self.dataset.value = s["model"], s["dataset"]
             self.momentum.value, self.momentum.disabled = s["momentum"], s["optimizer"] != "sgd"
@@ -194,10 +209,11 @@ class Lab(widgets.VBox):
         while not self._stop.is_set():
             try:
                 self.draw()
-                finished = self._was_playing and self.session.idle
-                self._was_playing = self.session.playing or (self._was_playing and not finished)
-                for callback in self._on_pause if finished else ():
-                    callback()
+                plays = self.session.plays
+                if self.session.idle and plays != self._kept:
+                    self._kept = plays
+                    for callback in self._on_pause:
+                        callback()
             except Exception as error:
                 self.error = "".join(traceback.format_exception(error)[-3:]).strip()
             due = max(due + 1 / DRAWS_PER_SECOND, time.monotonic() + 0.01)
@@ -301,7 +317,9 @@ class Lab(widgets.VBox):
         def set_slider(size: int) -> None:
             self.batch_size.value = size
 
-        self._was_playing = True  # however soon it ends
+        self._sizes_asked |= set(batch_sizes.values())
+        with self._drawing:
+            self._follow()
         self.session.rehearse({at: lambda size=size: set_slider(size) for at, size in batch_sizes.items()}, until)
         if not in_browser():
             self.session.wait(timeout)
@@ -326,7 +344,7 @@ class Lab(widgets.VBox):
         return pd.concat(frames, ignore_index=True)
 
     def moves(self) -> pd.DataFrame:
-        """The moves of this run, a row each: see ``session.Move``."""
+        """The moves of this run, a row each: see ``trace.Move``."""
         rows = [vars(m) for m in self.session.runs[0].moves if m.steps]
         return pd.DataFrame(rows, columns=[*AXES, "name", "value", "batch_size"])
 

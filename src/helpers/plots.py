@@ -158,7 +158,11 @@ def session(curves: pd.DataFrame, moves: pd.DataFrame, *, x: str = "examples_see
         text = f"{move.value:g}" if move.name == "batch_size" else f"{move.name} {move.value:.2g}"
         at = (getattr(move, x), 1)
         panels[0].annotate(f" {text}", at, xycoords=("data", "axes fraction"), va="top", fontsize=9)
-    panels[0].set_yscale("log")
+    # Single examples can have a loss of nearly 0: what is below nearly all of the shade is cut off.
+    panels[0].set(yscale="log")
+    loss = curves[curves["measure"] == "minibatch_loss"]
+    if len(loss):
+        panels[0].set_ylim(bottom=max(loss["low"].quantile(0.05), 1e-9) / 1.1)
     panels[1].set(xlabel=LABELS[x])
     panels[1].legend(loc="lower right")
     return fig

@@ -7,224 +7,23 @@ its settings and its moves, and repeats without the thread to the bit. Nothing h
 from __future__ import annotations
 
 import math
-import tempfile
+import numbers
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
-from helpers import data, gradients, models
-from helpers.training import Training, check_batch_size, check_lr, check_optimizer
+from helpers import data, models
+from helpers.trace import LIVE, Move, Run
+from helpers.training import OPTIMIZERS, Training, check_batch_size, check_lr, check_optimizer
 
-AXES = ("examples_seen", "steps", "seconds")
-LIVE = ("batch_size", "lr", "momentum")  # act at the next step; any other setting starts over
 _BURST = 0.02  # seconds of steps between two looks at the clock
 _MEASURING = 1 / 10  # of the time goes into measures, more only where one takes longer than a tenth of a second
-_PROBE = 128  # examples of one estimate of the noise scale
-_GRID = 60  # points a side at which decision regions are asked for
-
-
-@dataclass(frozen=True)
-class Move:
-    """A control that moved: from ``steps`` on ``name`` had ``value``. ``asked_at`` and ``acted_at`` are Unix times."""
-
-    name: str
-    value: float
-    steps: int
-    examples_seen: int
-    seconds: float
-    batch_size: int
-    asked_steps: int
-    asked_at: float
-    acted_at: float
-
-
-class Curve:
-    """A curve thinned for drawing: at most ``LENGTH`` bins of equally many examples, merged in pairs as it grows."""
-
-    LENGTH = 400
-
-    def __init__(self):
-        self.width = 1
-        self.bins: list[tuple[float, ...]] = []  # (examples_seen, steps, seconds at its end; count, sum, low, high)
-
-    def add(self, at: tuple[float, float, float], value: float) -> None:
-        """A value at (examples_seen, steps, seconds); one that is not finite leaves no trace."""
-        if not math.isfinite(value):
-            return
-        self._put(self.bins, (*at, 1, value, value, value))
-        if len(self.bins) > self.LENGTH:
-            self.width *= 2
-            merged: list[tuple[float, ...]] = []
-            for one in self.bins:
-                self._put(merged, one)
-            self.bins = merged
-
-    def _put(self, bins: list[tuple[float, ...]], new: tuple[float, ...]) -> None:
-        if bins and (bins[-1][0] - 1) // self.width == (new[0] - 1) // self.width:
-            _, _, _, count, total, low, high = bins[-1]
-            bins[-1] = (*new[:3], count + new[3], total + new[4], min(low, new[5]), max(high, new[6]))
-        else:
-            bins.append(new)
-
-    def frame(self) -> pd.DataFrame:
-        """Columns ``AXES``, ``mean``, ``low``, ``high``; a row a bin."""
-        frame = pd.DataFrame(list(self.bins), columns=[*AXES, "count", "mean", "low", "high"], dtype=float)
-        return frame.assign(mean=frame["mean"] / frame["count"]).drop(columns="count")
-
-
-class Run:
-    """One training of a session: every step's loss, the measures along the way, and the moves that acted on it."""
-
-    _STEP = np.dtype([("size", "i4"), ("loss", "f4"), ("seconds", "f8")])
-
-    def __init__(self, training: Training, settings: Mapping[str, object], moves: Iterable[Move] = ()):
-        self.training, self.settings, self.moves = training, dict(settings), list(moves)
-        self.curves = {name: Curve() for name in ("minibatch_loss", "test_accuracy", "gradient_norm")}
-        self.latest: dict[str, float] = {}
-        self.measured_at = (-1, -1, 0.0)  # examples_seen, steps, seconds
-        self.picture: dict[str, object] = {}
-        self._measures: list[dict[str, float]] = []
-        self._noise = np.zeros(3)  # weight, tr Σ, |G|²: decaying sums
-        # Every step is kept for the export; beyond some megabytes on disk, so that a long run does not fill the memory.
-        self._steps = tempfile.SpooledTemporaryFile(max_size=2**22)  # noqa: SIM115 (the run holds it open)
-        self._start = self._taken = (training.examples_seen, training.steps, training.seconds)
-        self._lock = threading.Lock()
-
-    def take(self) -> None:
-        """Keep the losses of the steps since the last call."""
-        sizes, losses = self.training.take_losses()
-        if not len(sizes):
-            return
-        examples, steps, seconds = self._taken
-        self._taken = (self.training.examples_seen, self.training.steps, self.training.seconds)
-        block = np.empty(len(sizes), self._STEP)
-        block["size"], block["loss"] = sizes, losses[:, 0]
-        block["seconds"] = np.linspace(seconds, self._taken[2], len(sizes) + 1)[1:]
-        with self._lock:
-            self._steps.write(block.tobytes())
-        curve = self.curves["minibatch_loss"]
-        for size, loss, now in block.tolist():
-            examples, steps = examples + size, steps + 1
-            curve.add((examples, steps, now), loss)
-        self.latest["minibatch_loss"] = loss
-
-    @property
-    def diverged(self) -> bool:
-        return bool(self.training.diverged_at.isfinite())
-
-    @property
-    def noise_scale(self) -> float:
-        """The running estimate of B_simple = tr Σ / |G|²; inf where |G|² does not stand out of the noise."""
-        weight, variance, squared = self._noise
-        return math.nan if not weight else variance / squared if squared > 0 else math.inf
-
-    def measure(self, test_inputs: torch.Tensor, test_targets: torch.Tensor) -> None:
-        """Test loss and accuracy, gradient norm and noise scale now, and what the picture shows."""
-        training, dataset = self.training, self.training.dataset
-        logits = training.logits(test_inputs)[0]
-        wrong = (logits.argmax(1) != test_targets).nonzero()[:, 0]
-        probe = torch.randint(dataset.num_train, (_PROBE,), generator=torch.Generator().manual_seed(training.steps))
-        probe = probe.to(dataset.device)
-        found = gradients.noise_statistics(training.model, dataset.train_inputs[probe], dataset.train_targets[probe])
-        if torch.stack(found).isfinite().all():
-            self._noise = 0.9 * self._noise + np.array([1.0, *(value.item() for value in found)])
-        self.latest |= {
-            "test_loss": F.cross_entropy(logits, test_targets).item(),
-            "test_accuracy": 1 - len(wrong) / len(test_targets),
-            "gradient_norm": training.gradient_norm().item(), "gradient_noise_scale": float(self.noise_scale),
-        }  # fmt: skip
-        at = (training.examples_seen, training.steps, training.seconds)
-        self.measured_at = at
-        for name in ("test_accuracy", "gradient_norm"):
-            self.curves[name].add(at, self.latest[name])
-        if not (self._measures and self._measures[-1]["steps"] == training.steps):
-            self._measures.append(dict(zip(AXES, at)) | {name: self.latest[name] for name in MEASURES})
-        if dataset.input_shape == (2,):
-            self.picture = {"regions": self._regions()}
-        elif len(dataset.input_shape) == 3:
-            chosen = wrong[:12]
-            self.picture = {"digits": test_inputs[chosen, 0].cpu().numpy(), "is": test_targets[chosen].tolist(),
-                            "read": logits.argmax(1)[chosen].tolist()}  # fmt: skip
-
-    def _regions(self) -> np.ndarray:
-        points = self.training.dataset.train_inputs
-        low, high = points.min(0).values - 1, points.max(0).values + 1
-        x, y = (torch.linspace(float(low[i]), float(high[i]), _GRID, device=points.device) for i in (0, 1))
-        grid = torch.stack(torch.meshgrid(x, y.flip(0), indexing="xy"), -1).view(-1, 2)  # the first row is the top
-        return self.training.logits(grid)[0].argmax(1).view(_GRID, _GRID).cpu().numpy()
-
-    def history(self) -> pd.DataFrame:
-        """One row per step, with the settings it was taken with; measures (NaN between) in the rows they belong to."""
-        with self._lock:
-            self._steps.seek(0)
-            block = np.frombuffer(self._steps.read(), self._STEP)  # which leaves it at its end, for the next block
-        moves = list(self.moves)
-        examples, steps, _ = self._start
-        frame = pd.DataFrame({
-            "steps": steps + 1 + np.arange(len(block)),
-            "examples_seen": examples + block["size"].cumsum(dtype=np.int64), "seconds": block["seconds"],
-            "minibatch_size": block["size"], "minibatch_loss": block["loss"].astype(float),
-        })  # fmt: skip
-        for name in LIVE:
-            its = [m for m in moves if m.name == name]
-            values = np.array([self.settings[name], *(m.value for m in its)])
-            frame[f"{name}_now"] = values[np.searchsorted([m.steps for m in its], frame["steps"], side="left")]
-        measures = pd.DataFrame(list(self._measures), columns=[*AXES, *MEASURES], dtype=float)
-        before = measures[measures["steps"] == steps].drop(columns="steps").assign(steps=steps)
-        frame = frame.merge(measures.drop(columns=["examples_seen", "seconds"]), on="steps", how="left")
-        frame = pd.concat([before, frame], ignore_index=True) if len(before) else frame
-        return frame[["steps", "examples_seen", "seconds", *(f"{n}_now" for n in LIVE), "minibatch_size",
-                      "minibatch_loss", *MEASURES]]  # fmt: skip
-
-    def stretches(self) -> pd.DataFrame:
-        """One row per stretch of steps with the same controls: these, ``steps``, ``spread_first`` and ``spread_last``.
-
-        Spread: standard deviation of the minibatch loss without its trend, from the differences of neighbours; over the
-        first and the last 100 steps, so that two stretches are compared where they meet.
-        """
-
-        def spread(loss: pd.Series) -> float:
-            return loss.diff().std() / math.sqrt(2)
-
-        frame = self.history().dropna(subset="minibatch_loss")
-        now = [f"{name}_now" for name in LIVE]
-        number = (frame[now].diff() != 0).any(axis=1).cumsum()
-        groups = frame.groupby(number)
-        found = groups[now].first().set_axis(list(LIVE), axis=1).astype({"batch_size": int})
-        return found.assign(
-            steps=groups.size(), spread_first=groups["minibatch_loss"].agg(lambda loss: spread(loss[:100])),
-            spread_last=groups["minibatch_loss"].agg(lambda loss: spread(loss[-100:])),
-        ).reset_index(drop=True)  # fmt: skip
-
-    def code(self, name: str = "training") -> str:
-        """Python that repeats this run without a slider, to the bit on the same machine."""
-        s, moves = self.settings, list(self.moves)
-        start = {n: s[n] for n in LIVE} | {m.name: m.value for m in moves if m.steps == 0}
-        lines = [
-            f"dataset = data.load({s['dataset']!r}, num_train={s['num_train']!r})",
-            f"{name} = Training(dataset, {s['model']!r}, seeds=[{s['seed']}], optimizer={s['optimizer']!r}, "
-            + ", ".join(f"{n}={v!r}" for n, v in start.items()) + ")",
-        ]  # fmt: skip
-        done = 0
-        for move in [m for m in moves if m.steps]:
-            if move.steps > done:
-                lines.append(f"{name}.advance(steps={move.steps - done}, record=False)")
-            lines.append(f"{name}.{move.name} = {move.value!r}")
-            done = move.steps
-        if self.training.steps > done:
-            lines.append(f"{name}.advance(steps={self.training.steps - done}, record=False)")
-        return "\n".join([*lines, f"{name}.record()", f"{name}.history"])
-
-
-MEASURES = ("test_loss", "test_accuracy", "gradient_norm", "gradient_noise_scale")
 
 
 class Session:
@@ -259,6 +58,7 @@ class Session:
         self.previous: Run | None = None
         self.error = ""
         self.playing = self.closed = False
+        self._pauses = 0
         self._failure: BaseException | None = None
         self._wishes: deque[tuple[str, object, int, float]] = deque()
         self._script: deque[tuple[float, Callable[[], None]]] = deque()
@@ -266,8 +66,8 @@ class Session:
         self._next_measure = 0.0  # by the clock
         self._measure_every: float | None = None  # by examples, in a rehearsal
         self.dataset = self._load(dataset)
-        self.builds = 0  # how often training has started over
-        self._check(**{name: self.settings[name] for name in ("batch_size", "lr", "momentum", "model")})
+        self.builds = self.plays = 0  # how often training has started over, and been played or stepped
+        self.settings |= {name: self._checked(name, self.settings[name]) for name in (*LIVE, "optimizer", "model")}
         self._threads_before = torch.get_num_threads()
         self.threads = max(1, self._threads_before - 1)
         # Here, not in the thread: the first optimizer of a process takes seconds, and play should act at once.
@@ -284,16 +84,15 @@ class Session:
         ``pinned_batch_size`` sets beside it a second run, which branches off here and is fed the same examples; None
         ends it. ``examples_per_second`` is the pace.
         """
-        self._check(**{name: value})
-        self._wish(name, value)
+        self._wish(name, self._checked(name, value))
 
     def play(self) -> None:
-        self._wish("playing", True)
+        self._wish("playing", self._pauses)
 
     def pause(self) -> None:
         """Stop after the step that is under way."""
         with self._changed:
-            self.playing = False
+            self.playing, self._pauses = False, self._pauses + 1  # which also cancels a play that is not yet granted
             self._changed.notify_all()
 
     def step(self) -> None:
@@ -363,22 +162,27 @@ class Session:
 
     # The rest happens in the trainer thread.
 
-    def _check(self, **values: object) -> None:
-        for name, value in values.items():
-            if name in ("batch_size", "pinned_batch_size") and value is not None:
-                check_batch_size(value, self.dataset.num_train)
-            elif name == "lr":
-                check_lr(value)
-            elif name == "momentum":
-                check_optimizer(self.settings["optimizer"], value)
-            elif name == "optimizer":
-                check_optimizer(value, 0.0)
-            elif name == "model" and value not in models.MODELS:
-                raise ValueError(f"unknown model {value!r}; choose one of: {', '.join(models.MODELS)}")
-            elif name == "dataset" and value not in data.TRAIN_SIZES:
-                raise ValueError(f"unknown dataset {value!r}; choose one of: {', '.join(data.TRAIN_SIZES)}")
-            elif name not in (*LIVE, "pinned_batch_size", "examples_per_second", "optimizer", "model", "dataset"):
-                raise ValueError(f"no control is called {name!r}")
+    def _checked(self, name: str, value: object) -> object:
+        """``value`` as a setting of that name takes it, or ValueError."""
+        if name == "batch_size" or (name == "pinned_batch_size" and value is not None):
+            return check_batch_size(value, self.dataset.num_train)
+        if name == "lr":
+            return check_lr(value)
+        if name == "momentum":
+            check_optimizer(self.settings["optimizer"], value)
+            return float(value)
+        if name == "examples_per_second" and value is not None:
+            if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+                raise ValueError(f"examples_per_second is {value!r}; expected a finite number above 0, or None")
+            return value
+        if name in ("pinned_batch_size", "examples_per_second"):
+            return None
+        choices = {"optimizer": OPTIMIZERS, "model": tuple(models.MODELS), "dataset": tuple(data.TRAIN_SIZES)}
+        if name not in choices:
+            raise ValueError(f"no control is called {name!r}")
+        if value not in choices[name]:
+            raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(choices[name])}")
+        return value
 
     def _wish(self, name: str, value: object) -> None:
         with self._changed:
@@ -401,7 +205,7 @@ class Session:
             except Exception as error:
                 self.playing, self._failure = False, error
                 self.error = "".join(traceback.format_exception(error)[-3:]).strip()
-                self._script = deque()
+                self.forget_script()
         torch.set_num_threads(self._threads_before)
 
     def _settle(self) -> None:
@@ -427,6 +231,7 @@ class Session:
                     break
         self._take(measure=self._measure_due())
         if any(run.diverged for run in self.runs):
+            self.forget_script()
             self.pause()
         elif self.playing and (wait := self._ahead()) > 0:
             with self._changed:
@@ -468,7 +273,9 @@ class Session:
             name, value, steps, asked_at = self._wishes.popleft()
             stuck = self._failure is not None or any(run.diverged for run in self.runs)
             if name == "playing":
-                self.playing = not stuck
+                with self._changed:
+                    self.playing = not stuck and value == self._pauses
+                self.plays += self.playing
             elif name == "step" and not stuck:
                 self._single_step()
             elif name == "examples_per_second":
@@ -484,7 +291,7 @@ class Session:
             self._pace = (time.monotonic(), self.runs[0].training.examples_seen)
 
     def _single_step(self) -> None:
-        self.playing = False
+        self.playing, self.plays = False, self.plays + 1
         before = self.runs[0].training.steps
         while self.runs[0].training.steps == before:
             self._step()
@@ -496,8 +303,8 @@ class Session:
         setattr(training, name, value)
         move = Move(name, value, training.steps, training.examples_seen, training.seconds, training.batch_size,
                     asked_steps, asked_at, time.time())  # fmt: skip
-        # Of several moves before one step only the last acts.
-        run.moves = [m for m in run.moves if not (m.name == name and m.steps == training.steps)] + [move]
+        # Of several moves before one step only the last acts; but a momentum of 0 forgets what had built up.
+        run.moves = [m for m in run.moves if not (m.name == name and m.steps == training.steps and m.value)] + [move]
 
     def _pin(self, batch_size: int | None, steps: int = 0, asked_at: float = 0.0) -> None:
         self.pinned_batch_size = batch_size  # kept by a reset too

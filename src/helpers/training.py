@@ -78,7 +78,7 @@ def check_optimizer(name: str, momentum: float) -> None:
     """ValueError unless it is one of ``OPTIMIZERS``, with a momentum from 0 to below 1 that only sgd may have."""
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; choose one of: {', '.join(OPTIMIZERS)}")
-    if not 0 <= momentum < 1 or (momentum and name != "sgd"):
+    if not isinstance(momentum, numbers.Real) or not 0 <= momentum < 1 or (momentum and name != "sgd"):
         raise ValueError(f"momentum is {momentum!r} with {name}; expected 0 to below 1, and with sgd alone")
 
 
