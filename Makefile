@@ -17,12 +17,8 @@ lab: .venv/.ready
 	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $$([ "$$(id -u)" = 0 ] && echo --allow-root) \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
-app: .venv/.app
+app: .venv/.ready
 	@$(BIN)/voila notebooks/10_live_lab.ipynb --Voila.ip=127.0.0.1 $(ARGS)
-
-.venv/.app: .venv/.ready
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[app]'
-	@touch $@
 
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -167,3 +167,29 @@ def test_ctrl_c_ends_with_130_and_says_what_is_kept(monkeypatch):
     monkeypatch.setattr(runs, "run", stop)
     result = CliRunner().invoke(cli.main, ["run"])
     assert result.exit_code == 130 and "Finished trainings are kept" in result.stderr
+
+
+LAB = "from helpers import live\nlab = live.Lab(['blobs'], batch_size=8, small=True)\nlab"
+
+
+def test_a_live_lab_plays_by_itself_in_a_run_and_leaves_text_where_it_stood(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "the notebook from which the run was started")
+    _notebook(folder, "04_lab", LAB, "lab.rehearse({400: 64}, until=1000)\nprint(lab.session.runs[0].training.steps)")
+    out = tmp_path / "out"
+    assert runs.run("quick", only=["04"], folder=folder, out=out) == 0
+    printed = [
+        o.get("text") for c in nbformat.read(out / "04_lab.ipynb", as_version=4).cells for o in c.get("outputs", ())
+    ]
+    assert "60\n" in printed  # 50 steps of 8, then 100 examples of the first epoch in 2, and 500 of the second in 8
+    assert "Here stand live controls" in (out / "04_lab.html").read_text()
+
+
+def test_what_fails_in_a_live_lab_fails_the_run(folder, tmp_path):
+    breaks = "lab.session.runs[0].training.step = lambda: {}['steps']"
+    _notebook(folder, "04_rehearsal", LAB, breaks, "lab.rehearse({}, until=1000)")
+    _notebook(folder, "05_played", LAB, breaks, "lab.play.click()", "import time; time.sleep(2)")
+    out = tmp_path / "out"
+    assert runs.run("quick", only=["04", "05"], folder=folder, out=out) == 1
+    record = {n["name"]: n for n in json.loads((out / "run.json").read_text())["notebooks"]}
+    assert record["04_rehearsal"]["error"] == "cell 4: KeyError: 'steps'"
+    assert record["05_played"]["error"] == "in a widget: Training stopped: KeyError: 'steps'"

@@ -403,15 +403,11 @@ class Lab(widgets.VBox):
             self._ticker.join()
         if _open is self:
             _open = None
-        self.close_all_of(self)
-        super().close()
-
-    @staticmethod
-    def close_all_of(box: widgets.Box) -> None:
-        for child in box.children:
-            if isinstance(child, widgets.Box):
-                Lab.close_all_of(child)
+        for child in self.children:
+            for control in getattr(child, "children", ()):
+                control.close()
             child.close()
+        super().close()
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)

@@ -327,8 +327,12 @@ def _figures(out: Path, notebook: str) -> list[dict[str, str]]:
 
 def _as_html(path: Path) -> str:
     import jinja2
+    import nbformat
     from nbconvert import HTMLExporter
 
+    notebook = nbformat.read(path, as_version=4)
+    for output in (o for cell in notebook.cells for o in cell.get("outputs", ()) if "text/html" in o.get("data", {})):
+        output.data.pop("application/vnd.jupyter.widget-view+json", None)  # a page without scripts shows its text
     # nbconvert's own page, less the scripts it would ask other hosts for: it opens without a network.
     blocks = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets")
     page = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {b} %}}{{% endblock %}}" for b in blocks)
@@ -336,7 +340,7 @@ def _as_html(path: Path) -> str:
         template_file="offline.html.j2", extra_loaders=[jinja2.DictLoader({"offline.html.j2": page})],
         exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True,
     )  # fmt: skip
-    return exporter.from_filename(str(path))[0]
+    return exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})[0]
 
 
 def _verdicts(out: Path, notebook: str) -> str:
