@@ -191,5 +191,5 @@ def test_what_fails_in_a_live_lab_fails_the_run(folder, tmp_path):
     out = tmp_path / "out"
     assert runs.run("quick", only=["04", "05"], folder=folder, out=out) == 1
     record = {n["name"]: n for n in json.loads((out / "run.json").read_text())["notebooks"]}
-    assert record["04_rehearsal"]["error"] == "cell 4: KeyError: 'steps'"
+    assert record["04_rehearsal"]["error"] == "cell 5: KeyError: 'steps'"
     assert record["05_played"]["error"] == "in a widget: Training stopped: KeyError: 'steps'"
