@@ -348,7 +348,8 @@ def test_latency_and_draw_rate_are_printed(lab, capsys):
     began = time.monotonic()
     for i in range(40):
         handle.press("ArrowRight" if i % 2 else "ArrowLeft")  # between 64 and 32
-        lab.page.wait_for_timeout(150)
+        lab.page.locator(".companion-status", has_text=f"Batch size {64 if i % 2 else 32}").wait_for()
+        lab.page.wait_for_timeout(50)
     draws = lab.page.evaluate("observer.disconnect(), draws") / (time.monotonic() - began)
     acted = lab.value("[m.acted_at for m in lab.session.runs[0].moves if m.steps]")
     pressed = lab.page.evaluate("pressed")
@@ -357,13 +358,13 @@ def test_latency_and_draw_rate_are_printed(lab, capsys):
     lab.start_afresh()
     speeds = {6: [], 0.01: []}
     lab.press("Play")
-    for _ in range(3):
+    for _ in range(2):
         for rate in speeds:
             lab.python(f"from helpers import live; live.DRAWS_PER_SECOND = {rate}; import time; time.sleep(0.5)")
             a, b = lab.value(
-                "[lab.session.runs[0].training.steps, (time.sleep(3), lab.session.runs[0].training.steps)[1]]"
+                "[lab.session.runs[0].training.steps, (time.sleep(2), lab.session.runs[0].training.steps)[1]]"
             )
-            speeds[rate].append((b - a) / 3)
+            speeds[rate].append((b - a) / 2)
     lab.python("live.DRAWS_PER_SECOND = 6")
     drawn, undrawn = (float(np.median(s)) for s in speeds.values())
     with capsys.disabled():

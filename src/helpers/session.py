@@ -23,7 +23,7 @@ from helpers.trace import LIVE, Move, Run
 from helpers.training import OPTIMIZERS, Training, check_batch_size, check_lr, check_optimizer
 
 _BURST = 0.02  # seconds of steps between two looks at the clock
-_MEASURING = 1 / 10  # of the time goes into measures, more only where one takes longer than a tenth of a second
+_MEASURING = 1 / 16  # of the time goes into measures, more only where one takes longer than a tenth of a second
 
 
 class Session:
@@ -266,7 +266,7 @@ class Session:
                 run.measure(*self._test)
         if measure:
             took = time.monotonic() - started
-            self._next_measure = time.monotonic() + min(max(0.1, took / _MEASURING), 1.0)
+            self._next_measure = time.monotonic() + min(max(0.1, took / _MEASURING), 1.5)
 
     def _grant_wishes(self) -> None:
         while self._wishes and not self.closed:
