@@ -21,12 +21,17 @@ VERDICTS = REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reprodu
 MIN_SEEDS = 3
 
 # What the write-ups trained. A difference in scale leaves the parts that quote no figure; any other leaves none.
-_SCALE = {"shen": ("num_train", "epochs", "draw_size"), "brownlee": (), "cnn": ("num_train",)}
+_SCALE = {
+    "shen": ("num_train", "epochs", "draw_size"), "brownlee": (), "cnn": ("num_train",), "mnist": ("num_train",),
+    "any": (),
+}  # fmt: skip
 SETUPS = {
     "shen": {"dataset": "mnist", "num_train": 60_000, "epochs": 30, "batch_sizes": [64, 256, 1024], "lr": 0.01}
     | {"draw_size": 1024},
     "brownlee": {"dataset": "blobs", "epochs": 200, "lr": 0.01, "momentum": 0.9},
     "cnn": {"dataset": "mnist", "num_train": 60_000, "batch_sizes": [32, 64, 128, 256, 512, 1024]},
+    "mnist": {"dataset": "mnist", "num_train": 60_000},
+    "any": {},
 }
 
 
@@ -231,6 +236,138 @@ CLAIMS: dict[str, Claim] = {
         {
             "early − late": Part(_POINTS, -_MARGIN, _MARGIN, "98.1 − 98.0", "read off"),
             "early": _near(_ACCURACY, 98.1, _MARGIN, "read off"),
+        },
+    ),
+    "rules": Claim(
+        "At a large batch the linear rule does best, then the square root, then none; warm-up helps",
+        "Goyal 2017; Masters & Luschi 2018; Malladi 2022", "mnist",
+        {
+            "SGD: √ − none": Part(_POINTS, 0.0, math.inf, "41.67 − 26.22 (ResNet-50, error)", "stated"),
+            "SGD: linear − √": Part(_POINTS, 0.0, math.inf, "26.22 − 24.84 (ResNet-50, error)", "stated"),
+            "SGD: warm-up − linear": Part(_POINTS, 0.0, math.inf, "24.84 − 23.74 (ResNet-50, error)", "stated"),
+            "momentum: linear − none": Part(_POINTS, 0.0, math.inf, "41.67 − 24.84 (ResNet-50, error)", "stated"),
+            "Adam: √ − linear": Part(_POINTS, 0.0, math.inf, "above 0", "inferred"),
+        },
+    ),
+    "adapted-length": Claim(
+        "With as many updates as the small batch, and the square-root rule, the large batch generalises as well",
+        "Hoffer 2017", "mnist",
+        {
+            "adapted − equal epochs": Part(_POINTS, 0.0, math.inf, "98.53 − 97.05", "stated"),
+            "adapted − small": Part(_POINTS, -_MARGIN, math.inf, "98.53 − 98.27", "stated"),
+        },
+    ),
+    "lr-range": Claim(
+        "The range of learning rates that trains shrinks as the batch grows",
+        "Masters & Luschi 2018", "mnist",
+        {
+            "octaves": Part("octaves that train, largest batch − smallest", -math.inf, 0.0, "0 or below", "inferred"),
+            "highest rate per example": Part("ratio, largest batch ÷ smallest", -math.inf, 1.0, "below 1", "read off"),
+        },
+    ),
+    "stale-gradient": Claim(
+        "n steps of size m and one of size nm part as the base rate and n grow, and agree as the rate goes to 0",
+        "Masters & Luschi 2018, eq. 7–9", "any",
+        {
+            "order in the rate": Part("log-log slope of relative distance, small rates", 0.9, 1.1, "→ 0", "inferred"),
+            "grows with n": Part("rank correlation of relative distance and n", 0.9, math.inf, "grows", "inferred"),
+        },
+    ),
+    "batch-vs-decay": Claim(
+        "Raising the batch × 5 does what dropping the rate ÷ 5 does, with fewer updates",
+        "Smith 2017", "mnist",
+        {
+            "raised − dropped": Part(_POINTS, -_MARGIN, _MARGIN, "0", "stated"),
+            "updates, raised ÷ dropped": Part("ratio", -math.inf, 1.0, "far fewer", "stated"),
+        },
+    ),
+    "adam-beta2": Claim(
+        "Adam at batch 1 to 16 does better with the half-life of β₂ fixed in examples than with β₂ fixed",
+        "Marek 2025", "mnist",
+        {
+            "batch 1, best rate of each": Part(_POINTS, 0.0, math.inf, "above 0", "inferred"),
+            "batch 1, mean over rates": Part(_POINTS, 0.0, math.inf, "above 0", "inferred"),
+            "batch 1 to 16, worst": Part(_POINTS, -_MARGIN, math.inf, "0 or above", "inferred"),
+        },
+    ),
+    "noise-scale": Claim(
+        "The gradient noise scale tr Σ ÷ |G|² rises in training, and is of order 10³ on MNIST",
+        "McCandlish 2018", "mnist",
+        {
+            "two-batch ÷ exact": Part("ratio of estimates at fixed weights", 0.9, 1.1, "1", "stated"),
+            "late ÷ early": Part("ratio of noise scales", 1.0, math.inf, "rises", "stated"),
+            "order": Part("log₁₀ of the median along training", 2.0, 4.0, "2.95 (about 900)", "stated"),
+        },
+    ),
+    "three-regions": Claim(
+        "Steps to a target, the rate retuned at each size: first ∝ 1/B, then flat; the knee is near the noise scale",
+        "Shallue 2019; McCandlish 2018", "mnist",
+        {
+            "slope, smallest sizes": Part("log-log slope of steps against B", -1.15, -0.85, "−1", "stated"),
+            "slope, largest sizes": Part("log-log slope of steps against B", -0.3, 0.1, "0", "stated"),
+            "critical batch ÷ noise scale": Part("log₁₀ of the ratio", -1.0, 1.0, "0", "stated"),
+        },
+    ),
+    "sharp-large": Claim(
+        "The large-batch solution is sharper and generalises less; less so once its rate is retuned",
+        "Keskar 2016; Shallue 2019", "mnist",
+        {
+            "λ_max, large ÷ small": Part("ratio", 1.0, math.inf, "above 1", "inferred"),
+            "sharpness, large ÷ small": Part("ratio, ε 10⁻³, all weights", 1.0, math.inf, "205 ÷ 1.23", "stated"),
+            "rise along the line, large ÷ small": Part("ratio, train loss", 1.0, math.inf, "above 1", "read off"),
+            "small − large": Part(_POINTS, 0.0, math.inf, "98.03 − 97.81", "stated"),
+            "λ_max ratio, retuned ÷ not": Part("ratio of ratios", -math.inf, 1.0, "weaker", "inferred"),
+        },
+    ),
+    "reparametrisation": Claim(
+        "Sharpness is not of the function: rescaled layers compute the same and curve otherwise",
+        "Dinh 2017", "any",
+        {
+            "same function": Part("largest relative change of a logit", -math.inf, 1e-5, "0", "an identity"),
+            "other λ_max": Part("ratio after rescaling", 2.0, math.inf, "any", "an identity"),
+        },
+    ),
+    "stability-edge": Claim(
+        "Full-batch descent sharpens until λ_max·η ≈ 2, and stays there; smaller batches stay below",
+        "Cohen 2021; Andreyev 2024", "mnist",
+        {
+            "full batch": Part("λ_max·η, median over the last quarter", 1.8, 2.2, "2", "stated"),
+            "full − small batch": Part("difference of λ_max·η", 0.0, math.inf, "above 0", "stated"),
+        },
+    ),
+    "accumulate": Claim(
+        "Gradients accumulated over micro-batches equal the large batch's, but not under batch normalisation",
+        "an identity", "any",
+        {
+            "no normalisation": Part("relative difference of gradients", -math.inf, 1e-6, "0", "an identity"),
+            "group": Part("relative difference of gradients", -math.inf, 1e-6, "0", "an identity"),
+            "batch": Part("relative difference of gradients", 1e-2, math.inf, "not 0", "stated"),
+            "ghost batches": Part("relative difference of gradients", -math.inf, 1e-6, "0", "an identity"),
+        },
+    ),
+    "batch-dependence": Claim(
+        "Under batch normalisation an example's loss depends on the others in its batch",
+        "Ioffe & Szegedy 2015", "any",
+        {
+            "batch": Part("std ÷ mean of one example's loss over batches", 1e-2, math.inf, "not 0", "inferred"),
+            "group": Part("std ÷ mean of one example's loss over batches", -math.inf, 1e-5, "0", "an identity"),
+        },
+    ),
+    "norm-batch": Claim(
+        "Batch statistics over few examples generalise best, whatever the size of the step's batch",
+        "Masters & Luschi 2018; Hoffer 2017", "mnist",
+        {
+            "8 − whole batch": Part(_POINTS, 0.0, math.inf, "above 0 (best 4–8 on CIFAR)", "read off"),
+            "8 − 2": Part(_POINTS, 0.0, math.inf, "above 0", "read off"),
+        },
+    ),
+    "memory": Claim(
+        "Memory is a straight line in the micro-batch and flat in the number of accumulation steps",
+        "an identity", "any",
+        {
+            "saved bytes": Part("largest relative residual of the line", -math.inf, 1e-3, "0", "an identity"),
+            "peak, predicted ÷ measured": Part("ratio, at a size not fitted", 0.85, 1.15, "1", "inferred"),
+            "peak, many steps ÷ one": Part("ratio at one micro-batch", 0.85, 1.15, "1", "inferred"),
         },
     ),
 }  # fmt: skip
