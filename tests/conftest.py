@@ -1,9 +1,14 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +25,16 @@ def mnist_root():
     if not root or not (Path(root) / "MNIST/raw/train-images-idx3-ubyte").exists():
         pytest.skip("no MNIST in $COMPANION_DATA: set it to a folder that holds MNIST/raw")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real Chromium; where there is none the test is skipped, or fails if COMPANION_BROWSER=required."""
+    if CHROMIUM is None:
+        if os.environ.get("COMPANION_BROWSER") == "required":
+            pytest.fail("no Chromium on this machine, and COMPANION_BROWSER=required asks for one")
+        pytest.skip("no Chromium on this machine: apt-get install chromium, or the like")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)

@@ -1,15 +1,8 @@
 """The index page in a real browser: it opens, shows figures and verdicts, and asks no host for anything."""
 
-import os
-import shutil
-
 import pytest
 
 from helpers import runs
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
 
 pytestmark = pytest.mark.browser
 
@@ -21,18 +14,6 @@ def run_folder(tmp_path_factory):
         patch.setenv("COMPANION_STORE", str(tmp_path_factory.mktemp("store")))
         assert runs.run("quick", only=["00", "01"], out=out) == 0
     return out
-
-
-@pytest.fixture
-def browser():
-    if CHROMIUM is None:
-        if os.environ.get("COMPANION_BROWSER") == "required":
-            pytest.fail("no Chromium on this machine, and COMPANION_BROWSER=required asks for one")
-        pytest.skip("no Chromium on this machine: apt-get install chromium, or the like")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
 @pytest.mark.parametrize("width", [360, 1600])

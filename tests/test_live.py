@@ -589,7 +589,8 @@ def test_what_cannot_be_made_is_an_alert_and_the_lab_goes_on(start, monkeypatch)
     lab.keep(lambda: made.pop())  # the second time there is none
     lab.rehearse({}, 400, timeout=PATIENCE)
     until(lambda: 'role="alert"' in status(lab))
-    assert "What is kept of the lab could not be made: IndexError" in status(lab)
+    assert "What the lab shows or keeps could not be made: IndexError" in status(lab)
+    assert "mend the cell" in status(lab)
     lab.step.click()
     settle(lab)
     assert 'role="status"' in status(lab) and main(lab).steps == 51

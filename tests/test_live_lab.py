@@ -6,7 +6,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,10 +19,6 @@ import numpy as np
 import pytest
 
 from helpers import runs
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
 
 # One server and one page for the whole module, so one worker for all of it.
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("live_lab")]
@@ -164,18 +159,6 @@ def server(tmp_path_factory):
                f"--ServerApp.root_dir={root}", "--expose-app-in-browser"]  # fmt: skip
     with serving(home, "jupyterlab", *options, ready=f"/api?token={token}") as address:
         yield address, token
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        if os.environ.get("COMPANION_BROWSER") == "required":
-            pytest.fail("no Chromium on this machine, and COMPANION_BROWSER=required asks for one")
-        pytest.skip("no Chromium on this machine: apt-get install chromium, or the like")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
 @pytest.fixture(scope="module")

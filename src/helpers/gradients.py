@@ -66,7 +66,7 @@ def walk(
         indices = torch.stack([draw(dataset.num_train, draw_size, seed, t) for t in chunk]).to(dataset.device)
         net = _load(dataset, model, weights, len(chunk))
         for batch_size in batch_sizes:
-            _reset(net, weights)
+            net.restore(weights)
             optimizer = torch.optim.SGD(net.parameters(), lr=lr, fused=dataset.device.type in ("cpu", "cuda"))
             total = {name: torch.zeros_like(p) for name, p in net.named_parameters() if name in recorded}
             for minibatch in indices.split(check_split(batch_size, draw_size), dim=1):
@@ -188,14 +188,7 @@ def check_split(batch_size: int, draw_size: int) -> int:
 
 def _load(dataset: data.Dataset, model: str, weights: Mapping[str, torch.Tensor], replicas: int) -> models.Model:
     net = models.build(model, dataset.input_shape, dataset.num_classes, [0] * replicas, dataset.device)
-    return _reset(net, weights)
-
-
-@torch.no_grad()
-def _reset(net: models.Model, weights: Mapping[str, torch.Tensor]) -> models.Model:
-    for name, p in net.named_parameters():
-        p.copy_(weights[name].expand_as(p))
-    return net
+    return net.restore(weights)
 
 
 def _minibatch_gradients(dataset: data.Dataset, net: models.Model, minibatches: torch.Tensor, recorded: list[str]):

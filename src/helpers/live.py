@@ -227,17 +227,25 @@ class Lab(widgets.VBox):
                 self._follow()
                 self._set_pace()
             self.play.disabled, self.pause.disabled = session.playing, not session.playing
-            self._status.value, self._figure.value = self._say(), self._svg()
+            self._status.value = self._say()  # first: where drawing fails, the next tick says so
+            self._figure.value = self._svg()
 
     def _say(self) -> str:
         session = self.session
         error = session.error or self.error
         if error:
-            what = "Training stopped" if session.error else "What is kept of the lab could not be made"
+            what, way_out = (
+                ("Training stopped", "Reset starts over.")
+                if session.error
+                else (
+                    "What the lab shows or keeps could not be made",
+                    "Training goes on; mend the cell and run it again.",
+                )
+            )
             first = tag("b", escape(f"{what}: {error.splitlines()[-1]}"))
             text = tag("pre", escape(error), style="white-space: pre-wrap")
             red = "color: var(--jp-error-color1, #c62828); line-height: 1.4"
-            return tag("div", first, text, "Reset starts over.", role="alert", class_="companion-error", style=red)
+            return tag("div", first, text, way_out, role="alert", class_="companion-error", style=red)
         run = session.runs[0]
         state = "Playing" if session.playing else "Paused" if run.training.steps else "Ready"
         if any(r.diverged for r in session.runs):

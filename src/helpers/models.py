@@ -8,7 +8,7 @@ None of the models has batch normalisation or dropout: they would confound the b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,13 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
 
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, torch.Tensor]) -> Model:
+        """Take over ``weights`` by name, each with its replica axis; a single replica's go to every replica."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            tensor.copy_(weights[name].expand_as(tensor))
+        return self
+
 
 class MLP(Model):
     """A multilayer perceptron with ReLU; ``layers`` before the head."""
@@ -119,7 +126,9 @@ def _xavier_normal(model: Model, replica: int, generator: torch.Generator) -> No
 # name: (architecture, initialisation of the weights; biases start at 0)
 MODELS = {
     "brownlee_mlp": (lambda *a: MLP(*a, hidden=[50]), _he_uniform_then_xavier_uniform),
+    "small_mlp": (lambda *a: MLP(*a, hidden=[128]), _he_uniform_then_xavier_uniform),
     "shen_mlp": (lambda *a: MLP(*a, hidden=[1024, 1024]), _xavier_normal),
+    "keskar_mlp": (lambda *a: MLP(*a, hidden=[512] * 5), _he_uniform_then_xavier_uniform),
     "plain_cnn": (CNN, _he_uniform_then_xavier_uniform),
 }
 
@@ -134,8 +143,9 @@ def build(
     """A model with one replica per seed, whose initial weights depend on that seed alone (drawn on the CPU).
 
     ``brownlee_mlp``: 50 hidden units, He uniform, head Xavier uniform (Brownlee 2019). ``shen_mlp``: 1024-1024, Xavier
-    normal, gain 1 (Shen 2018). ``plain_cnn``: two convolutions, initialised as ``brownlee_mlp``. Raises ValueError for
-    an unknown name or for inputs that are not images where a CNN needs them.
+    normal, gain 1 (Shen 2018). ``keskar_mlp``: five layers of 512, the F1 of Keskar 2016. ``small_mlp``: 128 hidden
+    units, for hundreds of runs; it, ``keskar_mlp`` and ``plain_cnn`` (two convolutions) start as ``brownlee_mlp``.
+    Raises ValueError for an unknown name or for inputs that are not images where a CNN needs them.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of: {', '.join(MODELS)}")

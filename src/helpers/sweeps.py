@@ -28,8 +28,11 @@ from helpers.training import NUMERICS, Schedule, Training, check_batch_size, che
 DEFAULTS = {
     "dataset": "mnist", "num_train": None, "subset_seed": 0, "model": "shen_mlp",
     "batch_size": 64, "lr": 0.01, "optimizer": "sgd", "momentum": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0,
-    "epochs": 30, "record_steps": (),
+    "epochs": 30, "steps": None, "record_every": 1, "record_steps": (), "target": None,
 }  # fmt: skip
+
+# (dataset, model's name, one replica's weights, seed=, **options) → a frame
+PROTOCOLS = {"walk": gradients.walk, "frozen": gradients.frozen}
 
 # On a CPU, replicas of a network this small share a step's overhead; those of a larger one compete for the cache.
 _STACK_BELOW_PARAMETERS = 20_000
@@ -55,13 +58,18 @@ def run(
 ) -> pd.DataFrame:
     """Train every setting with every seed; the history of all, with a column per setting.
 
-    ``settings``: dicts over ``DEFAULTS`` (``grid`` makes them). ``snapshots``: epochs whose weights the store keeps for
+    ``settings``: dicts over ``DEFAULTS`` (``grid`` makes them). A run is ``epochs`` long and recorded ``record_every``
+    so many; or, where ``steps`` is given, it is that long and recorded at its beginning, its end and after each of
+    ``record_steps``. ``target``, such as ``("test_accuracy", 0.9)``, ends a run of ``steps`` at the first record that
+    reaches it, and divergence ends it too. ``snapshots``: epochs whose weights the store keeps for
     ``measure``. ``branch_at``: runs that are equal up to this epoch train up to it once. ``jobs``: processes side by
     side, by default one a core. Raises ValueError for settings that cannot be trained, before anything starts.
     """
     store, seeds = store or Store(), _seeds(seeds)
     complete = [_checked(s) for s in settings]
     snapshots = sorted(set(snapshots))
+    if any(s["steps"] for s in complete) and (snapshots or branch_at is not None):
+        raise ValueError("snapshots and branches are at epochs; give the runs they belong to by epochs, not by steps")
     if branch_at is not None:
         trunks = [_until(s, branch_at) for s in complete if s["epochs"] > branch_at]
         trunks = list({_key(t, seeds[0], seeds): t for t in trunks}.values())
@@ -82,20 +90,21 @@ def measure(
     seeds: int | Iterable[int],
     *,
     epochs: Sequence[int],
-    batch_sizes: Sequence[int],
-    trials: int,
+    trials: int = 1,
     jobs: int | None = None,
     store: Store | None = None,
     **options: object,
 ) -> pd.DataFrame:
-    """Gradient norms of trained networks after each of ``epochs``, by ``protocol`` ``"walk"`` or ``"frozen"``.
+    """Measure trained networks after each of ``epochs``, by one of ``PROTOCOLS``; ``options`` go to its function.
 
-    Trains what the store lacks. ``options`` go to ``gradients.walk`` or ``gradients.frozen``. Columns: ``epoch``,
-    ``seed``, ``measured_batch_size``, ``trial``, the norms, and a column per training setting.
+    Trains what the store lacks. Columns: ``epoch``, ``seed``, what the function's frame has (its ``batch_size`` as
+    ``measured_batch_size``), and a column per training setting. Only walk and frozen have several ``trials``.
     """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
     store, seeds = store or Store(), _seeds(seeds)
     complete, epochs = [_checked(s) for s in settings], [int(e) for e in epochs]
-    for batch_size in batch_sizes:
+    for batch_size in options.get("batch_sizes", ()):
         gradients.check_split(batch_size, options.get("draw_size", 1024))
     late = [(e, s["epochs"]) for e in epochs for s in complete if not 0 <= e <= s["epochs"]]
     if late:
@@ -103,19 +112,16 @@ def measure(
     run(complete, seeds, snapshots=epochs, jobs=jobs, store=store)
     todo, rows = [], []
     for s, seed, epoch, start in itertools.product(complete, seeds, epochs, range(0, trials, _TRIALS_PER_JOB)):
-        chosen = {**options, "batch_sizes": list(batch_sizes), "trials": list(range(trials)[start:][:_TRIALS_PER_JOB])}
+        chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        if protocol in ("walk", "frozen"):
+            chosen["trials"] = list(range(trials)[start:][:_TRIALS_PER_JOB])
         content = {"protocol": protocol, "of": _content(s, seed, seeds), "epoch": epoch, **chosen}
         key = key_of(content)
         rows.append((key, s, seed, epoch))
         if not store.has(key):
-            arrays = store.arrays(_key(s, seed, seeds))
-            prefix = f"{epoch}/weights/"
-            weights = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
             label = f"{protocol} epoch={epoch} seed={seed}"
-            draw_size = chosen.get("draw_size", 1024)
-            steps = sum(draw_size / b for b in batch_sizes) * len(chosen["trials"])
-            cost = _seconds(s, steps, steps) + _seconds(s, 0, draw_size * len(batch_sizes) * len(chosen["trials"]))
-            todo.append(_Job(_measure, (protocol, s, weights, seed, chosen), [content], label, cost))
+            arguments = (protocol, s, _snapshot(store, s, seed, seeds, epoch), seed, chosen)
+            todo.append(_Job(_measure, arguments, [content], label, _measure_seconds(s, chosen)))
     _execute(todo, jobs, store)
     frames = [
         store.frame(key)
@@ -124,6 +130,17 @@ def measure(
         for key, s, seed, epoch in rows
     ]
     return pd.concat(frames, ignore_index=True)
+
+
+def weights(
+    settings: Mapping[str, object], seeds: int | Iterable[int], epoch: int, *, store: Store | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """The weights after ``epoch``, one dict a seed, each with a replica axis of 1. Trains what the store lacks."""
+    store, seeds, s = store or Store(), _seeds(seeds), _checked(settings)
+    run([s], seeds, snapshots=[epoch], store=store)
+    device = _dataset(s).device
+    kept = [_snapshot(store, s, seed, seeds, epoch) for seed in seeds]
+    return [{name: torch.tensor(value, device=device) for name, value in one.items()} for one in kept]
 
 
 def to_target(frame: pd.DataFrame, column: str, target: float, *, axis: str = "epochs") -> pd.DataFrame:
@@ -205,8 +222,9 @@ def _training_jobs(
             label = " ".join(f"{k}={s[k]}" for k in ("model", "batch_size", "lr")) + f" seeds={list(stack)}"
             contents = [_content(s, seed, seeds) for seed in stack]
             start = branch_at if trunk else 0
-            steps = sum(_dataset(s).num_train / _value(s["batch_size"], e) for e in range(start, s["epochs"]))
-            cost = _seconds(s, steps, (s["epochs"] - start) * 2 * _dataset(s).num_train * len(stack))
+            steps = s["steps"] or sum(s["num_train"] / _value(s["batch_size"], e) for e in range(start, s["epochs"]))
+            epochs = s["steps"] * _value(s["batch_size"], 0) / s["num_train"] if s["steps"] else s["epochs"] - start
+            cost = _seconds(s, steps, epochs * 2 * s["num_train"] * len(stack))
             todo.append(_Job(_train, (s, stack, snapshots, branch_at, trunk), contents, label, cost))
     return todo
 
@@ -227,9 +245,12 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
         training.resume(state, pd.concat([frame for frame, _ in trunk]))
         for mine, (_, kept) in zip(arrays, trunk):
             mine |= {name: value for name, value in kept.items() if int(name.split("/")[0]) in snapshots}
-    for epoch in range(start, s["epochs"] + 1):
+    if s["steps"]:
+        _train_steps(training, s)
+    for epoch in range(start, 0 if s["steps"] else s["epochs"] + 1):
         if epoch > start:
-            training.advance(epochs=1, record_steps=s["record_steps"])
+            due = epoch % s["record_every"] == 0 or epoch == s["epochs"]
+            training.advance(epochs=1, record=due, record_steps=s["record_steps"])
         elif not trunk:
             training.record()
         if epoch in snapshots:
@@ -240,11 +261,37 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
     return [(history[history["seed"] == seed], mine) for seed, mine in zip(seeds, arrays)]
 
 
+def _train_steps(training: Training, s: Mapping) -> None:
+    training.record()
+    for step in sorted({s["steps"], *(k for k in s["record_steps"] if 0 < k < s["steps"])}):
+        training.advance(steps=step - training.steps, record=False)
+        training.record()
+        if training.diverged_at.isfinite().all():
+            return
+        if s["target"] is not None:
+            measure, value = s["target"]
+            history = training.history
+            if (history.groupby("seed")[measure].max() >= value).all():
+                return
+
+
+def _snapshot(store: Store, s: Mapping, seed: int, seeds: Sequence[int], epoch: int) -> dict[str, np.ndarray]:
+    prefix = f"{epoch}/weights/"
+    arrays = store.arrays(_key(s, seed, seeds))
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
 def _measure(protocol: str, s: dict, weights: dict[str, np.ndarray], seed: int, options: dict):
-    function = {"walk": gradients.walk, "frozen": gradients.frozen}[protocol]
     dataset = _dataset(s)
     tensors = {name: torch.tensor(value, device=dataset.device) for name, value in weights.items()}
-    return [(function(dataset, s["model"], tensors, seed=seed, **options), {})]
+    return [(PROTOCOLS[protocol](dataset, s["model"], tensors, seed=seed, **options), {})]
+
+
+def _measure_seconds(s: Mapping, options: Mapping) -> float:
+    sizes, trials = options.get("batch_sizes", ()), len(options.get("trials", [0]))
+    draw_size = options.get("draw_size", 1024)
+    steps = sum(draw_size / b for b in sizes) * trials
+    return _seconds(s, steps, steps) + _seconds(s, 0, draw_size * len(sizes) * trials or s["num_train"])
 
 
 def _dataset(s: Mapping) -> data.Dataset:
@@ -278,8 +325,11 @@ def _checked(settings: Mapping[str, object]) -> dict[str, object]:
         raise ValueError(f"unknown setting {sorted(unknown)[0]!r}; choose from: {', '.join(DEFAULTS)}")
     s = {**DEFAULTS, **settings}
     s["dataset"], _ = data.resolve(s["dataset"])
-    if not isinstance(s["epochs"], int) or s["epochs"] < 1:
-        raise ValueError(f"epochs is {s['epochs']!r}; expected a whole number from 1 on")
+    for name in ("epochs", "record_every", *(["steps"] if s["steps"] is not None else [])):
+        if not isinstance(s[name], int) or s[name] < 1:
+            raise ValueError(f"{name} is {s[name]!r}; expected a whole number from 1 on")
+    if s["target"] is not None and s["steps"] is None:
+        raise ValueError("a target ends a run given by steps; set steps, the most it may take, and record_steps")
     check_optimizer(s["optimizer"], s["momentum"])
     s["num_train"] = _dataset(s).num_train  # so that None and the whole set are the same
     for name, check in (("batch_size", lambda v: check_batch_size(v, _dataset(s).num_train)), ("lr", check_lr)):
@@ -324,5 +374,5 @@ def _columns(s: Mapping) -> dict[str, object]:
     return {
         k: v if isinstance(v, numbers.Real | str | None) else str(v)
         for k, v in s.items()
-        if k not in ("subset_seed", "epochs", "record_steps")
+        if k not in ("subset_seed", "epochs", "steps", "record_every", "record_steps", "target")
     }

@@ -214,7 +214,7 @@ class Training:
     ) -> Training:
         """Advance by epochs or by steps. ``record``: evaluate before the first step and at the end of each epoch.
 
-        ``record_steps``: evaluate after these steps too, counted from the start of training.
+        ``record_steps``: evaluate after these steps in any case, counted from the start of training.
         """
         if (epochs is None) == (steps is None):
             raise ValueError("advance() takes either epochs or steps")
@@ -224,7 +224,7 @@ class Training:
         last_step = math.inf if steps is None else self.steps + steps
         while self.examples_seen < end and self.steps < last_step:
             self.step()
-            if record and (self.examples_seen % self.dataset.num_train == 0 or self.steps in record_steps):
+            if (record and self.examples_seen % self.dataset.num_train == 0) or self.steps in record_steps:
                 self.record()
         return self
 
