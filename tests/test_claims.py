@@ -180,9 +180,15 @@ def test_every_claim_is_complete(claim_id):
     for part in claim.parts.values():
         assert part.measured
         assert part.published
-        assert part.known in {"stated", "read off", "inferred", "checked"}
+        assert part.known in {"stated", "read off", "inferred", "checked", "an identity"}
         assert part.low < part.high
         assert not (math.isinf(part.low) and math.isinf(part.high))
+
+
+def test_every_set_up_says_which_of_its_settings_are_scale():
+    assert claims._SCALE.keys() == claims.SETUPS.keys() == {claim.setup for claim in CLAIMS.values()}
+    for setup, names in claims._SCALE.items():
+        assert set(names) <= claims.SETUPS[setup].keys()
 
 
 def test_every_claim_can_come_true_and_can_fail():
@@ -193,7 +199,7 @@ def test_every_claim_can_come_true_and_can_fail():
             inside[name] = [(low + high) / 2] * 3
             outside[name] = [part.high + 1 if math.isfinite(part.high) else part.low - 1] * 3
         for measured, verdict in ((inside, REPRODUCED), (outside, NOT_REPRODUCED)):
-            ledger = Ledger("n", **claims.SETUPS[claim.setup])
+            ledger = Ledger("n", **{"dataset": "any", **claims.SETUPS[claim.setup]})
             ledger.judge(claim_id, measured)
             assert set(ledger.table()["verdict"]) == {verdict}, claim_id
 

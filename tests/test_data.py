@@ -1,4 +1,5 @@
 import gzip
+import os
 import socket
 import struct
 
@@ -204,6 +205,51 @@ def test_a_file_that_differs_from_its_archive_is_named(tmp_path, monkeypatch):
         data.DataError, match=rf"{raw}/t10k-labels-idx1-ubyte: .*differs from t10k-labels-idx1-ubyte.gz"
     ):
         data.resolve("fashion_mnist", tmp_path)
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    """The names of the files read to verify them, archives and unpacked ones."""
+    names, md5, damage = [], data._md5, data._damage
+    monkeypatch.setattr(data, "_md5", lambda file: names.append(file.name) or md5(file))
+    monkeypatch.setattr(data, "_damage", lambda file, *rest: names.append(file.name) or damage(file, *rest))
+    return names
+
+
+def test_files_that_have_not_changed_are_not_verified_again(tmp_path, monkeypatch, verified):
+    pack(write_idx_files(tmp_path, "FashionMNIST"), monkeypatch)
+    verified.clear()
+    assert data.resolve("fashion_mnist", tmp_path) == ("fashion_mnist", "")
+    assert sorted(verified) == sorted([*IDX_FILES, *(f"{file}.gz" for file in IDX_FILES)])
+    verified.clear()
+    for _ in range(3):
+        assert data.resolve("fashion_mnist", tmp_path) == ("fashion_mnist", "")
+    assert verified == []
+    write_idx_files(tmp_path / "other", "FashionMNIST")
+    data.resolve("fashion_mnist", tmp_path / "other")  # the same files in another place
+    assert sorted(verified) == sorted(IDX_FILES)
+
+
+@pytest.mark.parametrize("change", ["shorter", "rewritten", "touched", "an archive rewritten"])
+def test_files_that_have_changed_are_verified_again(tmp_path, monkeypatch, verified, change):
+    raw = write_idx_files(tmp_path, "FashionMNIST")
+    pack(raw, monkeypatch)
+    data.resolve("fashion_mnist", tmp_path)
+    file = raw / ("t10k-labels-idx1-ubyte" + ".gz" * change.startswith("an archive"))
+    before, content = file.stat(), bytearray(file.read_bytes())
+    verified.clear()
+    if change != "touched":
+        content[-1] ^= 1
+        file.write_bytes(content[: -1 if change == "shorter" else None])
+    later = before.st_mtime_ns + (0 if change == "shorter" else 1_000_000)  # by size, or by time
+    os.utime(file, ns=(later, later))
+    if change == "touched":
+        assert data.resolve("fashion_mnist", tmp_path) == ("fashion_mnist", "")
+        assert len(verified) == 8
+        return
+    for _ in range(2):  # what is damaged is not taken for verified
+        with pytest.raises(data.DataError, match=f"damaged file {file}: "):
+            data.resolve("fashion_mnist", tmp_path)
 
 
 def test_a_damaged_archive_is_named(tmp_path):

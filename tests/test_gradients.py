@@ -1,11 +1,10 @@
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import mlp_gradient, one_replica, squared_norm
+from oracles import mlp_gradient, one_replica
 from scipy import stats
 
 from helpers import data, gradients, models
@@ -71,7 +70,7 @@ def test_at_frozen_weights_every_split_gives_the_same_norm(model, layers):
 def test_the_frozen_sum_is_the_gradient_of_the_mean_loss_over_the_draw(model):
     weights, indices = weights_of(model), gradients.draw(DIGITS.num_train, 64, 0, 5)
     frame = gradients.frozen(DIGITS, model, weights, batch_sizes=[24], trials=[5], draw_size=64, layers="all")
-    net = gradients._load(DIGITS, model, weights, 1).double()
+    net = models.restored(model, DIGITS, weights).double()
     logits = net(DIGITS.train_inputs[indices].double().unsqueeze(0))[0]
     expected = torch.autograd.grad(F.cross_entropy(logits, DIGITS.train_targets[indices]), list(net.parameters()))
     for (name, _), g in zip(net.named_parameters(), expected):
@@ -184,93 +183,44 @@ def test_impossible_measurements_are_refused(protocol, options, message):
         protocol(DIGITS, "brownlee_mlp", WEIGHTS, trials=[0], draw_size=16, **options)
 
 
-# Example by example, and the noise scale
+# Stale gradients
 
 
-def stack_of(model, replicas):
-    """A network on digits whose replicas differ, biases off 0."""
-    net = models.build(model, DIGITS.input_shape, DIGITS.num_classes, [0] * replicas)
-    each = [weights_of(model, seed) for seed in range(replicas)]
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            p.copy_(torch.cat([w[name] for w in each]))
-    return net
+def explicit_distance(batch_size, n, rate, seed):
+    """How far n small steps end from a large one, in units of the large one; float64, one example at a time."""
+    indices = gradients.draw(DIGITS.num_train, 48, seed, 0)[: n * batch_size]
+    start, ends = one_replica(WEIGHTS), []
+    for size in (batch_size, n * batch_size):
+        w = {name: value.copy() for name, value in start.items()}
+        for minibatch in indices.split(size):
+            for name, g in mlp_gradient(w, *examples(minibatch)).items():
+                w[name] -= rate * size * g  # the sum over examples
+        ends.append(w)
+    small, large = ends
+    apart = sum(((small[k] - large[k]) ** 2).sum() for k in start)
+    return math.sqrt(apart / sum(((large[k] - start[k]) ** 2).sum() for k in start))
 
 
-def test_per_example_norms_of_an_mlp_equal_an_explicit_loop():
-    net = stack_of("brownlee_mlp", 3)
-    norms, mean = gradients.per_example_squared_norms(net, DIGITS.train_inputs[:9], DIGITS.train_targets[:9])
-    assert (norms.shape, mean.shape, norms.dtype, mean.dtype) == ((3, 9), (3,), torch.float64, torch.float64)
-    for replica in range(3):
-        w = one_replica({name: p.detach() for name, p in net.named_parameters()}, replica)
-        expected = [squared_norm(mlp_gradient(w, *examples([i]))) for i in range(9)]
-        np.testing.assert_allclose(norms[replica], expected, rtol=1e-4)
-        assert mean[replica].item() == pytest.approx(squared_norm(mlp_gradient(w, *examples(range(9)))), rel=1e-4)
-
-
-@pytest.mark.parametrize("model", ["shen_mlp", "plain_cnn"])
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_per_example_norms_equal_one_example_at_a_time(model, replicas):
-    net, n = stack_of(model, replicas), 5
-    inputs, targets = DIGITS.train_inputs[:n], DIGITS.train_targets[:n]
-    norms, mean = gradients.per_example_squared_norms(net, inputs, targets)
-    for replica in range(replicas):
-        alone = gradients._load(DIGITS, model, weights_of(model, replica), 1).double()
-        each = []
-        for x, y in zip(inputs.double(), targets):
-            loss = F.cross_entropy(alone(x[None, None])[0], y[None])
-            each.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(alone.parameters()))]))
-        np.testing.assert_allclose(norms[replica], [g.square().sum().item() for g in each], rtol=1e-4)
-        assert mean[replica].item() == pytest.approx((sum(each) / n).square().sum().item(), rel=1e-4)
-
-
-def test_noise_statistics_average_to_the_populations_over_all_equally_likely_draws():
-    w, population = one_replica(WEIGHTS), range(4)
-    each = [mlp_gradient(w, *examples([i])) for i in population]
-    flat = np.array([np.concatenate([g.ravel() for g in one.values()]) for one in each])
-    variance, squared = ((flat - flat.mean(0)) ** 2).sum(1).mean(), (flat.mean(0) ** 2).sum()
-    net = gradients._load(DIGITS, "brownlee_mlp", WEIGHTS, 1)
-    for n in (2, 3):
-        draws = [list(chosen) for chosen in itertools.product(population, repeat=n)]
-        found = [gradients.noise_statistics(net, DIGITS.train_inputs[d], DIGITS.train_targets[d]) for d in draws]
-        averages = torch.stack([torch.cat(pair) for pair in found]).mean(0)
-        np.testing.assert_allclose(averages, [variance, squared], rtol=1e-4)
-
-
-def test_noise_statistics_are_the_sample_variance_and_what_it_leaves_of_the_mean():
-    w, n = one_replica(WEIGHTS), 6
-    each = [mlp_gradient(w, *examples([i])) for i in range(n)]
-    flat = np.array([np.concatenate([g.ravel() for g in one.values()]) for one in each])
-    variance = flat.var(axis=0, ddof=1).sum()
-    net = gradients._load(DIGITS, "brownlee_mlp", WEIGHTS, 1)
-    found = gradients.noise_statistics(net, DIGITS.train_inputs[:n], DIGITS.train_targets[:n])
-    assert found[0].item() == pytest.approx(variance, rel=1e-4)
-    assert found[1].item() == pytest.approx((flat.mean(0) ** 2).sum() - variance / n, rel=1e-3)
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_a_variance_needs_two_examples(n):
-    net = gradients._load(DIGITS, "brownlee_mlp", WEIGHTS, 1)
-    with pytest.raises(ValueError, match=f"{n} examples; a variance needs at least two"):
-        gradients.noise_statistics(net, DIGITS.train_inputs[:n], DIGITS.train_targets[:n])
+def test_staleness_is_the_distance_of_an_explicit_loop():
+    options = {"batch_size": 4, "counts": [2, 5, 12], "base_rates": [1e-3, 1e-2], "seed": 3}
+    frame = gradients.staleness(DIGITS, "brownlee_mlp", WEIGHTS, **options)
+    rows = list(frame.itertuples(index=False, name=None))
+    assert [row[:2] for row in rows] == [(n, rate) for n in (2, 5, 12) for rate in (1e-3, 1e-2)]
+    for n, rate, distance in rows:
+        assert distance == pytest.approx(explicit_distance(4, n, rate, seed=3), rel=1e-9)
 
 
 @pytest.mark.parametrize("model", ["brownlee_mlp", "plain_cnn"])
-def test_measuring_noise_leaves_no_hook_and_no_gradient_behind(model):
-    net = stack_of(model, 1)
-    before = [p.detach().clone() for p in net.parameters()]
-    first, *others = net.parameters()
-    first.grad = torch.full_like(first, 7.0)
-    gradients.noise_statistics(net, DIGITS.train_inputs[:4], DIGITS.train_targets[:4])
-    with pytest.raises(IndexError):  # a target that is no class
-        gradients.noise_statistics(net, DIGITS.train_inputs[:4], torch.tensor([0, 1, 2, 99]))
-    assert not any(m._forward_hooks or m._backward_hooks for m in net.modules())
-    assert (first.grad == 7).all() and all(p.grad is None for p in others)
-    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before))
+def test_staleness_falls_in_proportion_to_the_rate_and_is_none_for_a_single_step(model):
+    options = {"batch_size": 8, "counts": [1, 6], "base_rates": [1e-6, 1e-7]}
+    frame = gradients.staleness(DIGITS, model, weights_of(model), **options).set_index(["count", "base_rate"])
+    distance = frame["relative_distance"]
+    assert distance[6, 1e-6] / distance[6, 1e-7] == pytest.approx(10, rel=0.01)
+    assert 0 < distance[6, 1e-7] < 1e-3
+    assert distance[1, 1e-6] == distance[1, 1e-7] == 0
 
 
-def test_the_hooks_go_where_a_forward_pass_fails_too():
-    net = stack_of("brownlee_mlp", 1)
-    with pytest.raises(RuntimeError):
-        gradients.per_example_squared_norms(net, torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
-    assert not any(m._forward_hooks for m in net.modules())
+def test_staleness_leaves_the_weights_alone():
+    given = {name: w.clone() for name, w in WEIGHTS.items()}
+    gradients.staleness(DIGITS, "brownlee_mlp", given, batch_size=4, counts=[3], base_rates=[0.1])
+    assert all(torch.equal(w, WEIGHTS[name]) for name, w in given.items())

@@ -1,9 +1,11 @@
 import math
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 from oracles import mlp_activations, one_replica
 
 from helpers import geometry, models
@@ -131,10 +133,184 @@ def test_the_gradient_of_the_summed_losses_is_each_replicas_own(name):
 
 
 def test_an_unknown_model_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match=r"'resnet'.*brownlee_mlp, shen_mlp, plain_cnn"):
+    with pytest.raises(ValueError, match=rf"'resnet'.*{', '.join(models.MODELS)}"):
         models.build("resnet", (1, 8, 8), 10, [0])
 
 
 def test_a_cnn_on_anything_but_images_is_refused():
     with pytest.raises(ValueError, match="plain_cnn needs images"):
         models.build("plain_cnn", (2,), 3, [0])
+
+
+# Normalisation
+
+
+def perturbed(model):
+    """The model in float64, with every parameter and running statistic moved off its start."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for t in (*model.double().parameters(), *model.buffers()):
+            t.add_(0.3 * torch.rand(t.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def by_hand(model, x, replica, normalise):
+    """One replica's logits in a plain loop over layers; ``normalise(i, h, scale, shift)`` is torch's own function."""
+    w = {k: p.detach()[replica] for k, p in model.named_parameters()}
+    convolutions = isinstance(model, models.CNN)
+    h = x[replica] if convolutions else x[replica].flatten(1)
+    for i in range(len(model.layers)):
+        layer = (h, w[f"layers.{i}.weight"], w[f"layers.{i}.bias"])
+        h = F.conv2d(*layer, padding=1) if convolutions else F.linear(*layer)
+        h = normalise(i, h, w[f"norms.{i}.weight"], w[f"norms.{i}.bias"]).relu()
+        h = F.max_pool2d(h, 2) if convolutions else h
+    return F.linear(h.flatten(1), w["head.weight"], w["head.bias"])
+
+
+NORMALISED = [("brownlee_mlp", (3,)), ("plain_cnn", (2, 8, 8)), ("keskar_mlp", (3,))]
+
+
+@pytest.mark.parametrize(("name", "input_shape"), NORMALISED)
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize(
+    ("norm_batch_size", "ghosts"),
+    [(None, [17]), (99, [17]), (6, [6, 6, 5]), (4, [4, 4, 4, 5]), (2, [*[2] * 7, 3])],
+)
+def test_batch_normalisation_is_torchs_of_each_replica_and_ghost_batch(
+    name, input_shape, replicas, norm_batch_size, ghosts
+):
+    model = perturbed(
+        models.build(name, input_shape, 4, range(replicas), norm="batch", norm_batch_size=norm_batch_size)
+    )
+    x = random_inputs(replicas, 17, *input_shape).double()
+    before = {k: b.clone() for k, b in model.named_buffers()}
+    logits = model(x).detach()
+    for replica in range(replicas):
+        running = {k: torch.zeros_like(b[replica]) for k, b in before.items()}
+
+        def normalise(i, h, scale, shift, replica=replica, running=running):
+            out = []
+            for ghost in h.split(ghosts):
+                names = [f"norms.{i}.running_mean", f"norms.{i}.running_var"]
+                statistics = [before[k][replica].clone() for k in names]
+                out.append(F.batch_norm(ghost, *statistics, scale, shift, training=True))
+                for k, value in zip(names, statistics):
+                    running[k] += value * len(ghost) / 17
+            return torch.cat(out)
+
+        torch.testing.assert_close(logits[replica], by_hand(model, x, replica, normalise), rtol=1e-10, atol=1e-10)
+        for k, b in model.named_buffers():
+            torch.testing.assert_close(b[replica], running[k], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "input_shape"), NORMALISED)
+def test_in_eval_mode_the_running_statistics_are_used_and_stay(name, input_shape):
+    model = perturbed(models.build(name, input_shape, 4, [0, 1], norm="batch", norm_batch_size=4)).eval()
+    x, buffers = random_inputs(2, 9, *input_shape).double(), {k: b.clone() for k, b in model.named_buffers()}
+    logits = model(x)
+    for replica in range(2):
+
+        def normalise(i, h, scale, shift, replica=replica):
+            running = (buffers[f"norms.{i}.running_{s}"][replica] for s in ("mean", "var"))
+            return F.batch_norm(h, *running, scale, shift)
+
+        torch.testing.assert_close(logits[replica], by_hand(model, x, replica, normalise), rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(b, buffers[k]) for k, b in model.named_buffers())
+
+
+def test_a_single_example_without_positions_is_normalised_by_the_running_statistics():
+    model = perturbed(models.build("brownlee_mlp", (3,), 4, [0, 1], norm="batch"))
+    x, buffers = random_inputs(2, 1, 3).double(), {k: b.clone() for k, b in model.named_buffers()}
+    assert torch.equal(model.train()(x), model.eval()(x))
+    assert all(torch.equal(b, buffers[k]) for k, b in model.named_buffers())
+    assert not torch.equal(model.train()(x.repeat(1, 2, 1) * torch.tensor([[[1.0]], [[2.0]]])), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "groups"),
+    [("brownlee_mlp", (3,), [5]), ("small_mlp", (3,), [8]), ("plain_cnn", (2, 8, 8), [8, 8])],
+)
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_group_normalisation_is_torchs_of_each_replica(name, input_shape, groups, replicas):
+    model = perturbed(models.build(name, input_shape, 4, range(replicas), norm="group"))
+    x = random_inputs(replicas, 5, *input_shape).double()
+    logits = model(x).detach()
+    for replica in range(replicas):
+        expected = by_hand(model, x, replica, lambda i, h, *affine: F.group_norm(h, groups[i], *affine))
+        torch.testing.assert_close(logits[replica], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_group_has_at_least_two_channels_where_there_are_two():
+    assert [models.GroupNorm(1, c).groups for c in (1, 2, 3, 8, 10, 16, 128)] == [1, 1, 1, 4, 5, 8, 8]
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize(("name", "input_shape"), NORMALISED)
+def test_a_normalisation_leaves_the_initial_weights_as_they_are_and_adds_scale_1_and_shift_0(name, input_shape, norm):
+    plain, model = (models.build(name, input_shape, 4, [3, 1], norm=n) for n in ("none", norm))
+    given = dict(model.named_parameters())
+    assert all(torch.equal(given.pop(k), p) for k, p in plain.named_parameters())
+    assert sorted(given) == sorted(f"norms.{i}.{k}" for i in range(len(model.layers)) for k in ("weight", "bias"))
+    for k, p in given.items():
+        assert torch.equal(p, torch.full((2, p.shape[1]), float(k.endswith("weight"))))
+
+
+@pytest.mark.parametrize(("norm", "size"), [("batch", None), ("batch", 3), ("group", None)])
+@pytest.mark.parametrize(("name", "input_shape"), NORMALISED)
+def test_replicas_do_not_mix_under_a_normalisation(name, input_shape, norm, size):
+    options = {"norm": norm, "norm_batch_size": size}
+    model, twin = (perturbed(models.build(name, input_shape, 4, [0, 1, 2], **options)) for _ in range(2))
+    x = random_inputs(3, 7, *input_shape).double()
+    changed = x.clone()
+    changed[1].square_()
+    before, after = model(x).detach(), twin(changed).detach()
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert not torch.equal(before[1], after[1])
+    for b, c in zip(model.buffers(), twin.buffers()):
+        assert torch.equal(b[[0, 2]], c[[0, 2]])
+        assert not torch.equal(b[1], c[1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 10))
+def test_parts_cover_the_examples_and_a_rest_of_one_joins_the_part_before(examples, size, multiple):
+    sizes = models.parts(examples, size)
+    assert sum(sizes) == examples
+    assert set(sizes[:-1]) <= {size}
+    assert 1 not in sizes or size == 1 or examples == 1
+    assert sizes[-1] <= size + 1
+    if size > 1:  # parts of a multiple, split again, are the parts
+        assert [n for part in models.parts(examples, multiple * size) for n in models.parts(part, size)] == sizes
+
+
+def test_restoring_brings_back_the_running_statistics():
+    model, other = (perturbed(models.build("brownlee_mlp", (3,), 4, [0, 1], norm="batch")) for _ in range(2))
+    x = random_inputs(2, 6, 3).double()
+    kept = {k: t.clone() for k, t in model.state_dict().items()}
+    model(x)
+    assert not torch.equal(model.eval()(x), other.eval()(x))
+    assert torch.equal(model.restore(kept)(x), other(x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "size", "message"),
+    [
+        ("layer", None, "unknown norm 'layer'; choose one of: none, batch, group"),
+        (None, None, "unknown norm None"),
+        ("group", 8, "only norm='batch' takes one"),
+        ("none", 8, "only norm='batch' takes one"),
+        *[
+            ("batch", bad, "whole number of examples from 2 on")
+            for bad in (1, 0, -2, 2.5, math.nan, math.inf, "8", True)
+        ],
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_refused(norm, size, message):
+    with pytest.raises(ValueError, match=message):
+        models.build("brownlee_mlp", (3,), 4, [0], norm=norm, norm_batch_size=size)
+
+
+def test_weights_of_another_norm_are_refused_by_name():
+    weights = dict(models.build("small_mlp", (1, 8, 8), 10, [0], norm="batch").state_dict())
+    with pytest.raises(ValueError, match=r"norms\.0\.running_mean.*build it with their norm"):
+        models.build("small_mlp", (1, 8, 8), 10, [0]).restore(weights)

@@ -124,6 +124,79 @@ def test_a_heat_table_writes_each_cells_text():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("learning rate", "batch size")
 
 
+def rates(best=None):
+    """An accuracy a cell, highest at each batch size's ``best`` rate, the rows in no order."""
+    best = best or {16: 0.01, 4: 0.04, 64: 0.16}
+    rows = [(b, lr, b / 10 + 50 - 10 * abs(np.log(lr / top))) for lr in (0.16, 0.01, 0.04) for b, top in best.items()]
+    return pd.DataFrame(rows, columns=["batch_size", "lr", "accuracy"])
+
+
+def test_a_rate_map_has_a_cell_and_its_text_at_each_size_and_rate():
+    frame = rates()
+    ax = plots.rate_map(frame, "accuracy", text="{:.2f}")
+    table = frame.pivot(index="lr", columns="batch_size", values="accuracy")
+    mesh = ax.collections[0]
+    np.testing.assert_allclose(mesh.get_array(), table)
+    corners = mesh.get_coordinates()
+    np.testing.assert_allclose(corners[0, :, 0], [2, 8, 32, 128])  # half-way between sizes, in powers
+    np.testing.assert_allclose(corners[:, 0, 1], [0.005, 0.02, 0.08, 0.32])
+    texts = {text.get_position(): text.get_text() for text in ax.texts}
+    assert texts == {(b, lr): f"{v:.2f}" for b, lr, v in frame.itertuples(index=False)}
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["4", "16", "64"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0.01", "0.04", "0.16"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("batch size", "learning rate")
+
+
+def test_a_rate_map_marks_the_best_rates_and_both_rules_from_that_of_the_smallest_size():
+    lines = {line.get_label(): line for line in plots.rate_map(rates(), "accuracy").get_lines()}
+    np.testing.assert_allclose(lines["best rate"].get_xydata(), [(4, 0.04), (16, 0.01), (64, 0.16)])
+    assert lines["best rate"].get_marker() == "o" and lines["best rate"].get_markerfacecolor() == "none"
+    np.testing.assert_allclose(lines["linear rule"].get_xydata(), [(4, 0.04), (16, 0.16), (64, 0.64)])
+    np.testing.assert_allclose(lines["square-root rule"].get_xydata(), [(4, 0.04), (16, 0.08), (64, 0.16)])
+
+
+def test_a_rule_that_leaves_a_rate_map_does_not_stretch_it():
+    ax = plots.rate_map(rates({4: 0.16, 16: 0.16, 64: 0.16}), "accuracy")
+    assert max(line.get_ydata().max() for line in ax.get_lines()) > 1
+    np.testing.assert_allclose(ax.get_ylim(), (0.005, 0.32))
+    np.testing.assert_allclose(ax.get_xlim(), (2, 128))
+
+
+def test_a_rate_map_leaves_out_a_cell_that_was_not_tried():
+    frame = rates().query("not (batch_size == 4 and lr == 0.16)")
+    ax = plots.rate_map(frame, "accuracy")
+    assert np.ma.getmaskarray(np.ma.masked_invalid(ax.collections[0].get_array())).sum() == 1
+    best = next(line for line in ax.get_lines() if line.get_label() == "best rate")
+    np.testing.assert_allclose(best.get_ydata(), [0.04, 0.01, 0.16])
+
+
+def test_spans_draw_a_bar_from_low_to_high_for_each_seed_beside_its_size():
+    frame = pd.DataFrame({"batch_size": [8, 8, 8, 64], "low": [1.0, 2, 3, 4], "high": [5.0, 6, 8, 9]})
+    ax = plots.spans(frame, "low", "high")
+    bars = sorted(line.get_xydata().tolist() for line in ax.get_lines())
+    at = [x for (x, _), _ in bars]
+    np.testing.assert_allclose(bars, [[(x, low), (x, high)] for x, low, high in zip(at, frame["low"], frame["high"])])
+    np.testing.assert_allclose(at, [8 * 2**-0.2, 8, 8 * 2**0.2, 64])
+    colours = [to_rgba(line.get_color()) for line in sorted(ax.get_lines(), key=lambda line: line.get_xdata()[0])]
+    assert colours == [to_rgba(plots.colour(b)) for b in (8, 8, 8, 64)]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["8", "64"]
+
+
+def test_dots_draw_a_dot_a_row_over_its_category_and_a_colour_per_value():
+    frame = pd.DataFrame({"solution": ["small", "large", "small", "large"], "lr": [1.0, 2, 3, 4], "kind": list("aabb")})
+    for options in ({}, {"by": "kind"}):
+        ax = plots.dots(frame, "solution", "lr", **options)
+        found = np.concatenate([dots.get_offsets() for dots in ax.collections])
+        assert {(round(x), y) for x, y in found} == {(0, 1), (1, 2), (0, 3), (1, 4)} and len(found) == 4
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["small", "large"]
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("solution", "learning rate")
+        shades = {y: to_rgba(d.get_facecolors()[i % len(d.get_facecolors())], 1)
+                  for d in ax.collections for i, (_, y) in enumerate(d.get_offsets())}  # fmt: skip
+        assert len(set(shades.values())) == 1 + ("by" in options)
+        assert shades[1] == shades[2] and shades[3] == shades[4]
+
+
 def test_functions_draw_into_the_axes_given_and_return_them():
     frame = histories((8, 64)).assign(lr=0.1, text="x", x=1.0)
     end = frame.query("epochs == 3 and seed == 0")
@@ -132,6 +205,9 @@ def test_functions_draw_into_the_axes_given_and_return_them():
         lambda ax: plots.against_batch_size(frame, "test_accuracy", ax=ax),
         lambda ax: plots.histograms(frame, "test_accuracy", by="batch_size", ax=ax),
         lambda ax: plots.heat_table(end, rows="batch_size", columns="lr", value="test_accuracy", text="text", ax=ax),
+        lambda ax: plots.rate_map(rates(), "accuracy", ax=ax),
+        lambda ax: plots.spans(end, "epochs", "seconds", ax=ax),
+        lambda ax: plots.dots(end, "text", "test_accuracy", ax=ax),
         lambda ax: plots.scatter_classes(frame[["x", "test_accuracy"]].to_numpy(), frame["seed"].to_numpy(), ax=ax),
     ):
         ax = plt.subplots()[1]
@@ -235,3 +311,12 @@ def test_a_single_loss_of_nearly_0_does_not_stretch_a_sessions_axis(smallest):
     both = pd.concat([losses, losses.assign(measure="test_accuracy", low=0.0)])
     low, high = plots.session(both, session_frames()[1].iloc[:0]).axes[0].get_ylim()
     assert 0.2 < low < 0.5 and 2 < high < 10
+
+
+@pytest.mark.parametrize("sizes", [[64], [16, 64]])
+def test_a_rate_map_stands_cells_without_a_value_and_single_sizes(sizes):
+    frame = pd.DataFrame(
+        [(b, lr, np.nan if b == 16 else lr) for b in sizes for lr in (0.1, 0.2)], columns=["batch_size", "lr", "v"]
+    )
+    ax = plots.rate_map(frame, "v", text="{:.1f}")
+    assert [t.get_text() for t in ax.texts if t.get_text()] == ["0.1", "0.2"]

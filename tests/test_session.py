@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import data, gradients, trace
+from helpers import data, noise, trace
 from helpers.session import Session
 from helpers.trace import LIVE, MEASURES, Curve, Run
 from helpers.training import Training
@@ -139,7 +139,7 @@ def test_the_noise_scale_is_a_ratio_of_decaying_sums(start):
     for _ in range(3):
         training = s.runs[0].training
         probe = torch.randint(500, (128,), generator=torch.Generator().manual_seed(training.steps))
-        found.append(gradients.noise_statistics(training.model, BLOBS.train_inputs[probe], BLOBS.train_targets[probe]))
+        found.append(noise.noise_statistics(training.model, BLOBS.train_inputs[probe], BLOBS.train_targets[probe]))
         weights = [0.9 * w for w in weights] + [1.0]
         variance, squared = (sum(w * pair[i].item() for w, pair in zip(weights, found)) for i in (0, 1))
         assert s.runs[0].noise_scale == pytest.approx(variance / squared if squared > 0 else math.inf, rel=1e-6)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import joblib
@@ -6,11 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import data, gradients, sweeps
+from helpers import data, gradients, landscape, sweeps
 from helpers.store import Store, key_of
 from helpers.training import Training, schedule
 
 BLOBS = {"dataset": "blobs", "model": "brownlee_mlp", "batch_size": 100, "lr": 0.05, "epochs": 2}
+STEPS = {**BLOBS, "steps": 40, "record_steps": tuple(range(0, 40, 4))}
 SHEN = {"dataset": "digits", "num_train": 100, "model": "shen_mlp", "batch_size": 50, "epochs": 1}
 
 
@@ -88,6 +90,79 @@ def test_more_records_where_asked():
     assert frame["steps"].tolist() == [0, 1, 5, 7, 10]
 
 
+def test_epochs_are_recorded_every_so_many_and_at_the_end():
+    every = sweeps.run([BLOBS | {"epochs": 5}], 1)
+    for record_every, epochs in ((2, [0, 2, 4, 5]), (10**6, [0, 5])):
+        frame = sweeps.run([BLOBS | {"epochs": 5, "record_every": record_every}], 1)
+        assert frame["epochs"].tolist() == epochs
+        same = every[every["epochs"].isin(epochs)]
+        assert frame["test_loss"].tolist() == same["test_loss"].tolist()
+        assert frame["distance_from_init"].tolist() == same["distance_from_init"].tolist()
+
+
+@pytest.mark.parametrize("record_steps", [(), (3, 5, 7, 99, 0)])
+def test_a_run_of_steps_is_recorded_at_its_beginning_its_end_and_where_asked(record_steps):
+    frame = sweeps.run([BLOBS | {"steps": 12, "record_steps": record_steps}], 1)
+    expected = [0, 3, 5, 7, 12] if record_steps else [0, 12]
+    assert frame["steps"].tolist() == expected
+    assert frame["epochs"].tolist() == [step / 5 for step in expected]
+    training = Training(data.load("blobs", device="cpu"), "brownlee_mlp", seeds=[0], batch_size=100, lr=0.05)
+    for step, test_loss in zip(expected, frame["test_loss"]):
+        training.advance(steps=step - training.steps, record=False).record()
+        assert test_loss == pytest.approx(training.history["test_loss"].iloc[-1], rel=1e-5)
+
+
+def test_a_target_ends_a_run_at_the_first_record_that_reaches_it():
+    whole = sweeps.run([STEPS], 1)
+    goal = whole["test_accuracy"].iloc[1:-1].max()
+    first = int((whole["test_accuracy"] >= goal).idxmax())
+    assert 0 < first < len(whole) - 1
+    ended = sweeps.run([STEPS | {"target": ("test_accuracy", goal)}], 1)
+    assert ended["steps"].tolist() == whole["steps"].tolist()[: first + 1]
+    assert ended["test_loss"].tolist() == whole["test_loss"].tolist()[: first + 1]
+    hits = sweeps.to_target(ended, "test_accuracy", goal, axis="steps")
+    assert hits[["steps", "reached"]].values.tolist() == [[whole["steps"][first], True]]
+
+
+@pytest.mark.parametrize("goal", [0.5, 0.6, 2.0])
+def test_a_target_does_not_change_where_a_run_first_reaches_it(goal):
+    at = ("test_accuracy", goal)
+    whole, ended = sweeps.run([STEPS], 4), sweeps.run([STEPS | {"target": at}], 4)
+    hits = [sweeps.to_target(frame, *at, axis="steps") for frame in (whole, ended)]
+    pd.testing.assert_frame_equal(*hits)
+    assert hits[0]["reached"].all() == (len(ended) < len(whole)) == (goal < 2)
+
+
+def test_divergence_ends_a_run_of_steps():
+    frame = sweeps.run([STEPS | {"lr": 1e3}], 2)
+    diverged = frame["diverged_at"].notna().groupby(frame["steps"]).all()
+    assert diverged.tolist() == [False] * (len(diverged) - 1) + [True]  # at its end, and not before
+    assert 1 < len(diverged) < len(STEPS["record_steps"])
+
+
+def test_settings_given_as_a_mapping_are_labelled_by_its_keys():
+    settings = {("small", 1): BLOBS, "large": BLOBS | {"batch_size": 250}}
+    frame = sweeps.run(settings, 2)
+    assert [label for label, _ in itertools.groupby(frame["label"])] == [("small", 1), "large"]
+    sizes = {label: set(group["batch_size"]) for label, group in frame.groupby("label", sort=False)}
+    assert sizes == {("small", 1): {100}, "large": {250}}
+    assert_same(frame.drop(columns="label"), sweeps.run(list(settings.values()), 2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "squared", "lr": 0.002}, {"norm": "batch", "norm_batch_size": 25}, {"norm": "group"}]
+)
+def test_loss_and_norm_are_the_trainings(options):
+    frame = sweeps.run([BLOBS | options], 2)
+    blobs = data.load("blobs", device="cpu")
+    training = Training(blobs, "brownlee_mlp", seeds=range(2), **{"batch_size": 100, "lr": 0.05, **options})
+    history = training.advance(epochs=2).history
+    for column in ("train_loss", "test_loss", "minibatch_loss"):
+        np.testing.assert_allclose(frame[column], history[column], rtol=1e-4)
+    for name, value in options.items():
+        assert set(frame[name]) == {value}
+
+
 # The same result, and no work twice
 
 
@@ -114,6 +189,13 @@ def test_what_the_store_has_is_not_computed_again(monkeypatch):
     assert_same(first, second.astype({"batch_size": int}))
 
 
+def test_runs_of_steps_and_to_a_target_are_not_computed_again(monkeypatch):
+    settings = [STEPS, STEPS | {"target": ("test_accuracy", 0.5)}, BLOBS | {"record_every": 2}]
+    first = sweeps.run(settings, 2)
+    monkeypatch.setattr(sweeps, "_train", not_again)
+    assert_same(first, sweeps.run(settings, 2))
+
+
 def test_one_setting_said_in_two_ways_is_one_run():
     frame = sweeps.run([BLOBS, BLOBS | {"lr": 0.05, "num_train": 500, "batch_size": 100.0}], 1)
     assert frame["run"].nunique() == len(stored()) == 1
@@ -124,6 +206,8 @@ def test_each_setting_is_part_of_the_key():
         {}, {"batch_size": 50}, {"lr": 0.1}, {"optimizer": "adam"}, {"momentum": 0.9}, {"weight_decay": 0.1},
         {"epochs": 1}, {"num_train": 400}, {"num_train": 400, "subset_seed": 1}, {"record_steps": (1,)},
         {"batch_size": schedule({0: 100, 1: 50})}, {"optimizer": "adam", "betas": (0.8, 0.9)},
+        {"loss": "squared"}, {"norm": "batch"}, {"norm": "batch", "norm_batch_size": 25}, {"norm": "group"},
+        {"record_every": 2}, {"steps": 4}, {"steps": 4, "target": ("test_accuracy", 0.9)},
     ]  # fmt: skip
     frame = sweeps.run([BLOBS | change for change in changes], 1)
     assert frame["run"].nunique() == len(changes) == len(stored())
@@ -156,6 +240,21 @@ def test_snapshots_are_the_weights_after_that_epoch():
         for name, w in training.weights().items():
             np.testing.assert_allclose(arrays[f"{epoch}/weights/{name}"], w, rtol=1e-5, atol=1e-6)
         training.advance(epochs=1)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_weights_are_the_trainings_after_that_epoch_one_dict_a_seed(monkeypatch, epoch):
+    kept = sweeps.weights(BLOBS, [4, 1], epoch)
+    training = Training(data.load("blobs", device="cpu"), "brownlee_mlp", seeds=[4, 1], batch_size=100, lr=0.05)
+    expected = training.advance(epochs=epoch).weights() if epoch else training.weights()
+    assert len(kept) == 2
+    for replica, one in enumerate(kept):
+        assert one.keys() == expected.keys()
+        for name, w in one.items():
+            np.testing.assert_allclose(w, expected[name][replica : replica + 1], rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(sweeps, "_train", not_again)
+    again = sweeps.weights(BLOBS, [4, 1], epoch)
+    assert all(torch.equal(w, b[name]) for a, b in zip(kept, again) for name, w in a.items())
 
 
 def test_an_interrupted_sweep_keeps_the_finished_jobs(monkeypatch, trained):
@@ -211,6 +310,19 @@ def test_snapshots_from_before_the_branch_are_kept_too():
     assert Store().has(key, [f"{epoch}/weights/head.weight" for epoch in (0, 1, 3)])
 
 
+@pytest.mark.parametrize("record_every", [2, 4])
+def test_a_branch_does_not_change_what_is_recorded(tmp_path, record_every):
+    settings = [BLOBS | {"epochs": 8, "record_every": record_every}]
+    branched = sweeps.run(settings, 1, branch_at=4)
+    assert_same(branched, sweeps.run(settings, 1, store=Store(tmp_path / "straight")))
+
+
+def test_a_branch_where_nothing_would_be_recorded_is_refused():
+    with pytest.raises(ValueError, match="branch_at is 2; expected a multiple of record_every"):
+        sweeps.run([BLOBS | {"epochs": 4, "record_every": 4}], 1, branch_at=2)
+    assert stored() == []
+
+
 # Processes
 
 
@@ -262,11 +374,25 @@ def test_torchs_threads_are_as_before():
         ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"momentum": 0.9, "optimizer": "adam"}, "with sgd alone"),
+        ({"steps": 0}, "steps is 0; expected a whole number from 1 on"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"record_every": 0}, "record_every is 0"),
+        ({"target": ("test_accuracy", 0.9)}, "a target ends a run given by steps; set steps"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'"),
+        ({"norm": "layer"}, "unknown norm 'layer'"),
+        ({"norm_batch_size": 4}, "norm_batch_size is 4 with norm='none'"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_anything_starts(change, message):
     with pytest.raises(ValueError, match=message):
         sweeps.run([BLOBS, BLOBS | change], 1)
+    assert stored() == []
+
+
+@pytest.mark.parametrize("options", [{"snapshots": [1]}, {"branch_at": 1}, {"branch_at": 0}])
+def test_snapshots_and_branches_of_a_run_given_by_steps_are_refused(options):
+    with pytest.raises(ValueError, match="snapshots and branches are at epochs"):
+        sweeps.run([BLOBS, STEPS], 1, **options)
     assert stored() == []
 
 
@@ -318,6 +444,43 @@ def test_measure_applies_a_protocol_to_the_weights_after_each_epoch(monkeypatch,
     pd.testing.assert_frame_equal(frame, again)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [
+        ("spectrum", {"examples": 60, "count": 2, "loss": "squared"}),
+        ("boxes", {"examples": 60, "epsilons": [1e-3], "dimensions": [None, 5]}),
+        ("staleness", {"batch_size": 8, "counts": [1, 4], "base_rates": [1e-3]}),
+    ],
+)
+def test_measure_gives_the_protocols_frame_for_each_seed_and_epoch(monkeypatch, protocol, options):
+    settings = sweeps.grid(BLOBS, lr=[0.05, 0.01])
+    frame = sweeps.measure(protocol, settings, [1, 5], epochs=[0, 2], **options)
+    blobs = data.load("blobs", device="cpu")
+    function = getattr(gradients if protocol == "staleness" else landscape, protocol)
+    assert len(frame) == 2 * 2 * 2 * 2 and set(frame["protocol"]) == {protocol}
+    for s, epoch in itertools.product(settings, (0, 2)):
+        for seed, weights in zip((1, 5), sweeps.weights(s, [1, 5], epoch)):
+            direct = function(blobs, "brownlee_mlp", weights, seed=seed, **options)
+            mine = frame[(frame["lr"] == s["lr"]) & (frame["epoch"] == epoch) & (frame["seed"] == seed)]
+            np.testing.assert_allclose(mine[list(direct)].astype(float), direct.astype(float), rtol=1e-3)
+    monkeypatch.setattr(sweeps, "_measure", not_again)
+    pd.testing.assert_frame_equal(
+        frame, sweeps.measure(protocol, settings, [1, 5], epochs=[0, 2], **options), check_exact=True
+    )
+
+
+def test_an_unknown_protocol_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"unknown protocol 'hessian'; choose one of: walk, frozen, .*spectrum, boxes"):
+        sweeps.measure("hessian", [BLOBS], 1, epochs=[0])
+    assert stored() == []
+
+
+def test_measuring_a_network_with_normalisation_is_refused():
+    with pytest.raises(ValueError, match="networks without normalisation"):
+        sweeps.measure("spectrum", [BLOBS, BLOBS | {"norm": "batch"}], 1, epochs=[0])
+    assert stored() == []
+
+
 @pytest.mark.parametrize("epoch", [3, -1])
 def test_measuring_after_an_epoch_that_is_not_trained_is_refused(epoch):
     with pytest.raises(ValueError, match=f"epoch {epoch} is not within a training of 2 epochs"):
@@ -347,3 +510,32 @@ def test_the_key_is_that_of_what_the_entry_says_it_is():
     checked = sweeps._checked(BLOBS)
     assert frame["run"].iloc[0] == key_of(sweeps._content(checked, 0, [0]))
     assert stored() == [frame["run"].iloc[0]]
+
+
+def test_each_seed_of_a_stack_ends_where_it_would_end_alone(tmp_path):
+    s = {"dataset": "blobs", "model": "brownlee_mlp", "steps": 60, "record_steps": range(1, 60), "lr": 0.02}
+    together = sweeps.run([dict(s, target=("test_accuracy", 0.7))], 4, store=Store(tmp_path))
+    ends = together.groupby("seed").steps.max()
+    assert ends.nunique() > 1
+    for seed, one in together.groupby("seed"):
+        assert (one.test_accuracy[:-1] < 0.7).all(), seed
+        assert one.test_accuracy.iloc[-1] >= 0.7 or ends[seed] == 60, seed
+
+
+@pytest.mark.parametrize("target", [("test_loss", 0.1), ("test_accuracy",), "test_accuracy"])
+def test_a_target_that_cannot_be_reached_from_below_is_refused(target, tmp_path):
+    with pytest.raises(ValueError, match="expected a pair such as"):
+        sweeps.run(
+            [{"dataset": "blobs", "model": "brownlee_mlp", "steps": 3, "target": target}], 1, store=Store(tmp_path)
+        )
+
+
+def test_spectra_are_of_the_loss_a_network_was_trained_with(tmp_path):
+    s = {"dataset": "blobs", "model": "brownlee_mlp", "epochs": 1, "loss": "squared", "lr": 1e-4}
+    given = {"epochs": [1], "store": Store(tmp_path)}
+    plain = sweeps.measure("spectrum", [s], 1, **given).eigenvalue.item()
+    assert plain > 0
+    assert plain == sweeps.measure("spectrum", [s], 1, loss="squared", **given).eigenvalue.item()
+    assert plain != sweeps.measure("spectrum", [s], 1, loss="cross_entropy", **given).eigenvalue.item()
+    with pytest.raises(ValueError, match="measures the cross-entropy"):
+        sweeps.measure("noise", [s], 1, **given)

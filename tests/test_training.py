@@ -1,4 +1,7 @@
+import dataclasses
 import math
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import numpy as np
@@ -7,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from oracles import mlp_gradient, mlp_loss, one_replica, squared_norm
 
-from helpers import data, geometry
+from helpers import data, geometry, sweeps
 from helpers.training import Schedule, Training, schedule
 
 BLOBS = data.load("blobs", device="cpu")
@@ -420,6 +423,10 @@ def test_a_bad_lr_is_refused(lr):
         ({"momentum": -0.1}, "momentum is -0.1"),
         ({"momentum": math.nan}, "momentum is nan"),
         ({"momentum": 0.9, "optimizer": "adam"}, "with sgd alone"),
+        ({"norm": "layer"}, "unknown norm 'layer'"),
+        ({"norm": "group", "norm_batch_size": 8}, "only norm='batch'"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0; expected a whole number from 1 to 500"),
+        ({"micro_batch_size": 2.5}, "micro_batch_size is 2.5"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(options, message):
@@ -593,3 +600,293 @@ def test_gradient_norm_is_of_the_last_steps_minibatch():
         norms = [squared_norm(mlp_gradient(w, *minibatch(training, r))) ** 0.5 for r, w in enumerate(before)]
         training.step()
         np.testing.assert_allclose(training.gradient_norm(), norms, rtol=1e-4)
+
+
+# Gradients accumulated over micro-batches
+
+
+def train64(dataset=BLOBS, model="brownlee_mlp", **settings):
+    """A training in float64."""
+    double = {name: getattr(dataset, name).double() for name in ("train_inputs", "test_inputs")}
+    training = train(dataclasses.replace(dataset, **double), model, **settings)
+    training.model.double()
+    return training
+
+
+def difference(gradient, reference):
+    """Relative, of all parameters together: one a replica."""
+    parts = {name: gradient[name] - reference[name] for name in reference}
+    return geometry.weight_norm(parts) / geometry.weight_norm(reference)
+
+
+EXACT = [{}, {"norm": "group"}, {"norm": "batch", "norm_batch_size": 5}]
+IDS = ["none", "group", "ghost"]
+
+
+@pytest.mark.parametrize("options", EXACT, ids=IDS)
+@pytest.mark.parametrize("model", ["brownlee_mlp", "plain_cnn"])
+@pytest.mark.parametrize("micro_batch_size", [5, 10, 60, 99])
+def test_accumulated_gradients_are_the_large_batchs_to_1e_12_in_float64(model, micro_batch_size, options):
+    training = train64(DIGITS, model, seeds=[0, 3], batch_size=96, **options).advance(steps=2, record=False)
+    reference = training.minibatch_gradient()
+    training.micro_batch_size = micro_batch_size
+    found = training.minibatch_gradient()
+    assert found.keys() == reference.keys() == training.weights().keys()
+    assert (difference(found, reference) < 1e-12).all()
+
+
+@pytest.mark.parametrize("options", EXACT, ids=IDS)
+def test_accumulated_gradients_are_the_large_batchs_to_1e_6_in_float32(options):
+    training = train(DIGITS, "small_mlp", batch_size=256, lr=0.1, **options).advance(epochs=1, record=False)
+    reference = training.minibatch_gradient()
+    for micro_batch_size in [5, 40, 100] + [1, 3] * (options.get("norm") != "batch"):
+        training.micro_batch_size = micro_batch_size
+        assert (difference(training.minibatch_gradient(), reference) < 1e-6).all()
+
+
+def test_under_batch_statistics_accumulated_gradients_are_those_of_the_micro_batches():
+    training = train64(DIGITS, "small_mlp", batch_size=96, norm="batch").advance(steps=2, record=False)
+    reference = training.minibatch_gradient()
+    training.micro_batch_size = 32
+    accumulated = training.minibatch_gradient()
+    assert (difference(accumulated, reference) > 1e-2).all()
+    single, parts = training.branch(), []
+    single.micro_batch_size = None
+    for batch in training.next_indices().split(32, dim=1):
+        single.next_indices = lambda batch=batch: batch
+        parts.append(single.minibatch_gradient())
+    assert (difference(accumulated, {k: sum(p[k] for p in parts) / 3 for k in reference}) < 1e-12).all()
+
+
+@pytest.mark.parametrize(  # not Adam with batch statistics: of gradients that are 0 it follows the rounding's sign
+    "options",
+    [*({"momentum": 0.9, **norm} for norm in EXACT), *({"optimizer": "adam", **norm} for norm in EXACT[:2])],
+    ids=[*IDS, "adam", "adam, group"],
+)
+def test_a_training_in_micro_batches_is_the_large_batchs(options):
+    whole, split = (train64(DIGITS, seeds=[0, 1], batch_size=190, **options) for _ in range(2))
+    split.micro_batch_size = 50  # 1297 examples: minibatches of 190 and a last one of 157
+    for training in (whole, split):
+        training.advance(epochs=1)
+    for name, t in whole.state().items():
+        torch.testing.assert_close(split.state()[name], t, rtol=1e-9, atol=1e-12, msg=name)
+    assert (whole.steps, whole.examples_seen) == (split.steps, split.examples_seen) == (7, 1297)
+    pairs = without_seconds(whole.history), without_seconds(split.history)
+    for column in pairs[0]:
+        np.testing.assert_allclose(pairs[0][column], pairs[1][column], rtol=1e-9, err_msg=column)
+
+
+def test_micro_batches_take_effect_between_steps_and_the_last_may_be_shorter():
+    training, seen = train(batch_size=50), []
+    training.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    for micro_batch_size in (None, 20, 1, 50, 400):
+        training.micro_batch_size = micro_batch_size
+        training.step()
+    assert seen == [50, 20, 20, 10, *[1] * 50, 50, 50]
+
+
+def test_under_batch_statistics_no_micro_batch_is_a_single_example():
+    training, seen = train(batch_size=41, norm="batch", micro_batch_size=20), []
+    training.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    training.step()
+    assert seen == [20, 21]
+
+
+def test_minibatch_gradient_is_of_the_next_minibatch_and_moves_nothing():
+    through, training = (train(seeds=[0, 1], batch_size=30, lr=0.1, momentum=0.9) for _ in range(2))
+    for t in (through, training):
+        t.advance(steps=3, record=False)
+    gradient, norm = training.minibatch_gradient(), training.gradient_norm()
+    assert torch.equal(norm, through.gradient_norm())  # still of the last step
+    for replica in range(2):
+        expected = mlp_gradient(one_replica(training.weights(), replica), *minibatch(training, replica))
+        for name, g in expected.items():
+            np.testing.assert_allclose(gradient[name][replica], g, rtol=1e-4, atol=1e-6, err_msg=name)
+    for t in (through, training):
+        t.advance(epochs=1)
+    assert same(through.weights(), training.weights())
+    assert without_seconds(through.history).equals(without_seconds(training.history))
+
+
+# Normalisation
+
+
+def test_a_step_uses_batch_statistics_and_an_evaluation_the_running_ones():
+    training = train64(DIGITS, "small_mlp", batch_size=40, norm="batch", lr=0.1).advance(epochs=1)
+    x, y = (
+        DIGITS.train_inputs[training.next_indices()[0]].double().flatten(1),
+        DIGITS.train_targets[training.next_indices()[0]],
+    )
+    w = {name: t[0] for name, t in training.weights().items()} | {
+        n: b[0].clone() for n, b in training.model.named_buffers()
+    }
+
+    def loss(x, y, training):
+        h = x @ w["layers.0.weight"].T + w["layers.0.bias"]
+        running = w["norms.0.running_mean"].clone(), w["norms.0.running_var"].clone()
+        affine = w["norms.0.weight"], w["norms.0.bias"]
+        h = torch.nn.functional.batch_norm(h, *running, *affine, training=training).relu()
+        return torch.nn.functional.cross_entropy(h @ w["head.weight"].T + w["head.bias"], y).item()
+
+    for _ in range(2):  # evaluating leaves the running statistics alone
+        evaluated = training.evaluate(DIGITS.test_inputs.double(), DIGITS.test_targets)[0].item()
+        assert evaluated == pytest.approx(
+            loss(DIGITS.test_inputs.double().flatten(1), DIGITS.test_targets, False), rel=1e-10
+        )
+    training.step()
+    assert training.take_losses()[1].item() == pytest.approx(loss(x, y, True), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options", [{"norm_batch_size": 7}, {"micro_batch_size": 16}, {}], ids=["ghost", "micro", "whole"]
+)
+def test_running_statistics_move_once_a_step(options):
+    training = train64(DIGITS, "small_mlp", batch_size=48, norm="batch", **options)
+    x = DIGITS.train_inputs[training.next_indices()[0]].double().flatten(1)
+    w = {name: t[0] for name, t in training.weights().items()}
+    h = x @ w["layers.0.weight"].T
+    sizes = {7: [7] * 6 + [6], 16: [16] * 3}.get(next(iter(options.values()), None), [48])
+    mean = sum(part.mean(0) * len(part) for part in h.split(sizes)) / 48
+    var = sum(part.var(0) * len(part) for part in h.split(sizes)) / 48
+    training.step()
+    buffers = dict(training.model.named_buffers())
+    torch.testing.assert_close(buffers["norms.0.running_mean"][0], 0.1 * mean)
+    torch.testing.assert_close(buffers["norms.0.running_var"][0], 0.9 + 0.1 * var)
+
+
+def test_a_branch_and_a_resumed_training_have_the_running_statistics():
+    def new():
+        return train(DIGITS, seeds=[0, 4], batch_size=60, norm="batch", momentum=0.9)
+
+    through, trunk, resumed = new(), new(), new()
+    for training in (through, trunk):
+        training.advance(epochs=1)
+    branch = trunk.branch()
+    resumed.resume(trunk.state(), trunk.history)
+    trunk.advance(epochs=1)  # which must not touch the others
+    for training in (through, branch, resumed):
+        training.advance(epochs=1)
+        assert without_seconds(training.history).equals(without_seconds(through.history))
+        assert same(training.state(), through.state())
+    assert not {"norms.0.running_mean"} & set(through.weights())
+
+
+def test_sweeps_train_with_a_normalisation_and_keep_its_running_statistics():
+    base = dict(dataset="digits", num_train=300, model="brownlee_mlp", epochs=2, norm="batch")  # noqa: C408
+    frame = sweeps.run(sweeps.grid(base, norm_batch_size=[None, 5]), [3], snapshots=[1], jobs=1)
+    digits = data.load("digits", num_train=300, device="cpu")
+    for size, group in zip((None, 5), (frame[frame["norm_batch_size"].isna()], frame[frame["norm_batch_size"] == 5])):
+        history = train(digits, seeds=[3], norm="batch", norm_batch_size=size).advance(epochs=2).history
+        np.testing.assert_allclose(group["test_loss"], history["test_loss"], rtol=1e-5)
+    assert frame["norm"].unique().tolist() == ["batch"] and frame["test_loss"].nunique() == 5  # the starts agree
+    state = train(digits, seeds=[3], norm="batch").advance(epochs=1).model.state_dict()
+    (kept,) = sweeps.weights(base, [3], 1)
+    assert kept.keys() == state.keys()
+    for name, value in state.items():  # a sweep computes with one thread
+        torch.testing.assert_close(kept[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_sweep_refuses_a_normalisation_that_cannot_be_and_protocols_refuse_any():
+    with pytest.raises(ValueError, match="unknown norm 'layer'"):
+        sweeps.run([{"dataset": "digits", "norm": "layer"}], 1)
+    with pytest.raises(ValueError, match="without normalisation"):
+        sweeps.measure("frozen", [{"dataset": "digits", "norm": "group"}], 1, epochs=[1], batch_sizes=[4])
+
+
+# When memory does not suffice
+
+
+def fail_above(training, limit, message="DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."):
+    """A device that holds the forward pass of ``limit`` examples; more fail when the head has its gradient."""
+    seen = []
+
+    def forward(model, inputs):
+        seen.extend([inputs[0].shape[1]] * model.training)
+
+    def backward(gradient):
+        if seen[-1] > limit:
+            raise RuntimeError(message)
+
+    training.model.register_forward_pre_hook(forward)
+    next(training.model.layers[0].parameters()).register_hook(backward)
+    return training, seen
+
+
+FALLBACK = [{}, {"norm": "group"}, {"norm": "batch"}, {"norm": "batch", "norm_batch_size": 6}]
+
+
+@pytest.mark.parametrize("options", FALLBACK, ids=["none", "group", "batch", "ghost"])
+def test_a_minibatch_that_does_not_fit_is_started_over_in_micro_batches_with_their_numbers(options):
+    options = {"seeds": [0, 1], "batch_size": 96, "momentum": 0.9, **options}
+    training, seen = fail_above(train(DIGITS, **options), 30)
+    with pytest.warns(UserWarning, match="do not fit in memory") as caught:
+        training.advance(epochs=1)
+    assert training.micro_batch_size == 24
+    assert seen[:6] == [96, 48, 24, 24, 24, 24]
+    told = [str(w.message) for w in caught]
+    assert len(told) == 2
+    assert all("can't allocate memory" in t for t in told)
+    assert "step 1: 96 examples at once" in told[0] and "micro_batch_size is 48" in told[0]
+    assert "step 1: 48 examples at once" in told[1] and "micro_batch_size is 24" in told[1]
+    differs = "batch statistics are now over at most 24 examples"
+    assert (differs in told[1]) == (options.get("norm") == "batch" and "norm_batch_size" not in options)
+    assert ("the same sums" in told[1]) != (differs in told[1])
+    given = train(DIGITS, micro_batch_size=24, **options).advance(epochs=1)
+    assert same(given.state(), training.state())
+    assert without_seconds(given.history).equals(without_seconds(training.history))
+
+
+def test_what_does_not_fit_as_single_examples_is_an_error():
+    training, seen = fail_above(train(batch_size=5), 0)
+    with (
+        pytest.warns(UserWarning, match="micro_batch_size is [12]"),
+        pytest.raises(RuntimeError, match="can't allocate"),
+    ):
+        training.step()
+    assert seen == [5, 2, 1]
+
+
+def test_an_error_that_is_not_of_memory_is_not_hidden():
+    training, seen = fail_above(train(batch_size=40), 30, message="mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        training.step()
+    assert seen == [40]
+    assert training.micro_batch_size is None
+
+
+LITTLE_MEMORY = """
+import resource, warnings
+import torch
+from helpers import data
+from helpers.training import Training
+
+torch.set_num_threads(1)
+digits = data.load("digits", device="cpu")
+settings = dict(batch_size=1297, lr=0.1)
+training = Training(digits, "plain_cnn", **settings)
+small = training.branch()
+small.micro_batch_size = 8
+small.step()  # what is loaded and built once
+with open("/proc/self/statm") as file:
+    in_use = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 6_000_000, resource.RLIM_INFINITY))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    training.step()
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+training.advance(steps=2, record=False)
+given = Training(digits, "plain_cnn", micro_batch_size=training.micro_batch_size, **settings)
+given.advance(steps=3, record=False)
+assert 1 <= training.micro_batch_size < 1297, training.micro_batch_size
+assert caught and all("do not fit in memory" in str(w.message) for w in caught)
+assert all(torch.equal(w, given.weights()[name]) for name, w in training.weights().items())
+assert torch.equal(training.take_losses()[1], given.take_losses()[1])
+print("micro-batches of", training.micro_batch_size)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
+def test_training_goes_on_when_the_process_really_runs_out_of_memory():
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "micro-batches of" in done.stdout

@@ -39,8 +39,8 @@ SETUPS = {
 class Part:
     """One figure a seed, the range that a true claim puts its mean in, and what was published of it.
 
-    ``known``: how the published figure is known (stated, read off a plot, inferred, checked by us). ``exact``: judged
-    in the exact set-up alone.
+    ``known``: how the published figure is known (stated, read off a plot, inferred, checked by us, an identity).
+    ``exact``: judged in the exact set-up alone.
     """
 
     measured: str

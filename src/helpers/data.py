@@ -234,8 +234,15 @@ def _torchvision_class(name: str):
 
 def _verify(name: str, root: Path) -> bool:
     """Whether the four files are there; raises DataError naming the first that is damaged."""
-    cls = _torchvision_class(name)
-    raw, complete = root / cls.__name__ / "raw", True
+    raw = root / _torchvision_class(name).__name__ / "raw"
+    stats = {file.name: file.stat() for file in raw.glob("*")}
+    return _verify_content(name, raw, tuple((f, s.st_size, s.st_mtime_ns) for f, s in sorted(stats.items())))
+
+
+@functools.lru_cache(maxsize=8)
+def _verify_content(name: str, raw: Path, stamps: tuple) -> bool:
+    """As above, once for each state of the files: a sweep asks for its dataset hundreds of times."""
+    cls, complete = _torchvision_class(name), True
     for archive, archive_md5 in cls.resources:
         packed, file = raw / archive, raw / archive.removesuffix(".gz")
         if packed.exists() and _md5(packed) != archive_md5:

@@ -1,13 +1,10 @@
-"""Where the weights are: radius, distance travelled, and how it grows with time."""
+"""Where the weights are: radius, and distance travelled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import stats
 
 
 def _squared_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,41 +33,3 @@ def distances(model: torch.nn.Module, initial_weights: Mapping[str, torch.Tensor
         "distance_biases": biases.sqrt(),
         **{f"distance/{name}": v.sqrt() for name, v in squared.items()},
     }
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A least-squares fit: its parameters, its curve, and its residual (root mean square, in the data's units)."""
-
-    form: str
-    scale: float
-    slope: float
-    residual: float
-
-    def __call__(self, t: np.ndarray) -> np.ndarray:
-        t = np.asarray(t, dtype=float)
-        return self.scale * t**self.slope if self.form == "power" else self.scale + self.slope * np.log(t)
-
-
-def fit_power(t: np.ndarray, y: np.ndarray) -> Fit:
-    """``y = scale · t^slope``, by least squares in the logarithms; residual in the units of ``y``. Needs t, y > 0."""
-    line = stats.linregress(*np.log(_positive(t, y)))
-    return _with_residual(Fit("power", float(np.exp(line.intercept)), float(line.slope), 0.0), t, y)
-
-
-def fit_log(t: np.ndarray, y: np.ndarray) -> Fit:
-    """``y = scale + slope · log t``, by least squares (the form of Hoffer et al. 2017, section 4). Needs t > 0."""
-    t, y = _positive(t), np.asarray(y, dtype=float)
-    line = stats.linregress(np.log(t[0]), y)
-    return _with_residual(Fit("log", float(line.intercept), float(line.slope), 0.0), t[0], y)
-
-
-def _positive(*arrays: np.ndarray) -> np.ndarray:
-    values = np.asarray(arrays, dtype=float)
-    if values.shape[-1] < 3 or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError("a fit needs at least three points, all finite and above 0")
-    return values
-
-
-def _with_residual(fit: Fit, t: np.ndarray, y: np.ndarray) -> Fit:
-    return Fit(fit.form, fit.scale, fit.slope, float(np.sqrt(np.mean((fit(t) - np.asarray(y, dtype=float)) ** 2))))

@@ -1,4 +1,4 @@
-"""Gradient norms: along the write-up's *walk*, at *frozen* weights, and example by example; the noise scale of these.
+"""Gradient norms: along the write-up's *walk*, and at *frozen* weights.
 
 Walk and frozen are two protocols. Both split one draw of examples into minibatches of a size, add up the minibatches'
 mean gradients, each weighted by its share of the draw, and take the norm of the sum (Shen 2018, "orthogonality"). The
@@ -7,12 +7,12 @@ walk takes an SGD step after each minibatch; frozen does not, so there the sum c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from helpers import data, models
 
@@ -34,8 +34,7 @@ def share(batch: int, total: int) -> float:
 
 def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy averaged over examples, per replica: ``(replicas, examples, classes)`` → ``(replicas,)``."""
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none")
-    return losses.view(targets.shape).mean(1)
+    return models.example_losses(logits, targets).mean(1)
 
 
 def walk(
@@ -64,7 +63,7 @@ def walk(
     for start in range(0, len(trials), side_by_side):
         chunk = list(trials[start : start + side_by_side])
         indices = torch.stack([draw(dataset.num_train, draw_size, seed, t) for t in chunk]).to(dataset.device)
-        net = _load(dataset, model, weights, len(chunk))
+        net = models.restored(model, dataset, weights, len(chunk))
         for batch_size in batch_sizes:
             net.restore(weights)
             optimizer = torch.optim.SGD(net.parameters(), lr=lr, fused=dataset.device.type in ("cpu", "cuda"))
@@ -97,7 +96,7 @@ def frozen(
     the gradient over the whole training set. All minibatches of a size are one stack of replicas that share weights.
     """
     recorded = _recorded(weights, layers)
-    net = _load(dataset, model, weights, 1)
+    net = models.restored(model, dataset, weights)
     full = _full_gradient(dataset, net) if layers == "last" else None
     rows = []
     for trial in trials:
@@ -121,56 +120,44 @@ def frozen(
     return pd.DataFrame(rows)
 
 
-def per_example_squared_norms(
-    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared gradient norm of each example's loss ``(replicas, n)`` and of their mean loss ``(replicas,)``, float64.
+def staleness(
+    dataset: data.Dataset,
+    model: str,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    batch_size: int,
+    counts: Sequence[int],
+    base_rates: Sequence[float],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How far n SGD steps of size m end from one step over the same nm examples (Masters & Luschi 2018, eq. 7–9).
 
-    ``inputs`` ``(n, *input_shape)`` go to every replica. One backward pass: for a linear layer with input a and output
-    gradient δ the norm is (‖a‖² + 1)·‖δ‖² (Goodfellow 2015); a convolution's is that of Σ over positions of δ·patchᵀ.
+    Steps are w − η̃ Σ∇ℓ, summed over examples, so both move by the same if gradients do not change on the way: the
+    large batch is the small one with stale gradients. One row per count n and base rate η̃: ``relative_distance``, of
+    the end points, in units of the large step. In float64, because small rates move weights by little.
     """
-    layers = [m for m in net.modules() if isinstance(m, (models.Linear, models.Conv2d))]
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, given, out: seen.append((given[0].detach(), out))) for layer in layers
-    ]
-    try:
-        logits = net(inputs.expand(net.replicas, *inputs.shape))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    loss = mean_loss(logits, targets.expand(net.replicas, -1)).sum()
-    parameters = list(net.parameters())
-    found = torch.autograd.grad(loss, [out for _, out in seen] + parameters)
-    norms = torch.zeros(net.replicas, len(inputs), dtype=torch.float64)
-    for layer, (given, _), delta in zip(layers, seen, found):
-        delta = delta * len(inputs)  # of each example's own loss, not of the mean
-        if isinstance(layer, models.Conv2d):
-            patches = F.unfold(given, layer.weight.shape[-1], padding=layer.weight.shape[-1] // 2)
-            patches = patches.view(len(inputs), net.replicas, -1, patches.shape[-1])
-            delta = delta.view(len(inputs), net.replicas, -1, patches.shape[-1])
-            weight = torch.einsum("nrop,nrip->nroi", delta, patches).flatten(2).square().sum(2)
-            norms += (weight + delta.sum(3).square().sum(2)).T.cpu().double()
-        else:
-            norms += ((given.square().sum(2) + 1) * delta.square().sum(2)).cpu().double()
-    mean = sum(g.flatten(1).square().sum(1).cpu().double() for g in found[len(seen) :])
-    return norms, mean
+    inputs, targets = dataset.train_inputs.double(), dataset.train_targets
+    order = draw(dataset.num_train, batch_size * max(counts), seed, 0).to(dataset.device)
+    net = models.restored(model, dataset, weights, dtype=torch.float64)
+    origin = {name: p.detach().clone() for name, p in net.named_parameters()}
 
+    def descend(minibatches: Sequence[torch.Tensor], rate: float) -> list[torch.Tensor]:
+        net.restore(origin)
+        for minibatch in minibatches:
+            loss = mean_loss(net(inputs[minibatch][None]), targets[minibatch][None]).sum() * len(minibatch)
+            with torch.no_grad():
+                for p, gradient in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
+                    p.sub_(gradient, alpha=rate)
+        return [p.detach() - origin[name] for name, p in net.named_parameters()]
 
-def noise_statistics(
-    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Estimates of tr Σ, the variance of one example's gradient, and of |G|²: two float64 ``(replicas,)``.
-
-    Unbiased for examples drawn independently (McCandlish 2018, appendix A.1, with batches of 1 and n); so |G|² may come
-    out below 0. The gradient noise scale B_simple is their ratio, best of averages over several calls: a mean of
-    ratios is biased. Raises ValueError for fewer than two examples.
-    """
-    n = len(inputs)
-    if n < 2:
-        raise ValueError(f"{n} examples; a variance needs at least two")
-    norms, mean = per_example_squared_norms(net, inputs, targets)
-    return (norms.mean(1) - mean) * n / (n - 1), (n * mean - norms.mean(1)) / (n - 1)
+    rows = []
+    for n, rate in itertools.product(counts, base_rates):
+        examples = order[: n * batch_size]
+        small, large = descend(examples.split(batch_size), rate), descend([examples], rate)
+        apart = sum((a - b).square().sum() for a, b in zip(small, large))
+        distance = float((apart / sum(b.square().sum() for b in large)).sqrt())
+        rows.append({"count": n, "base_rate": rate, "relative_distance": distance})
+    return pd.DataFrame(rows)
 
 
 def _recorded(weights: Mapping[str, torch.Tensor], layers: str) -> list[str]:
@@ -184,11 +171,6 @@ def check_split(batch_size: int, draw_size: int) -> int:
     if not 1 <= batch_size <= draw_size:
         raise ValueError(f"batch_size is {batch_size!r}; expected a whole number from 1 to {draw_size} (the draw)")
     return batch_size
-
-
-def _load(dataset: data.Dataset, model: str, weights: Mapping[str, torch.Tensor], replicas: int) -> models.Model:
-    net = models.build(model, dataset.input_shape, dataset.num_classes, [0] * replicas, dataset.device)
-    return net.restore(weights)
 
 
 def _minibatch_gradients(dataset: data.Dataset, net: models.Model, minibatches: torch.Tensor, recorded: list[str]):

@@ -2,13 +2,16 @@
 
 A forward pass maps ``(replicas, examples, *input_shape)`` to logits ``(replicas, examples, classes)``. Replicas never
 mix, so the gradient of the summed losses is each replica's own, and an optimizer of torch works on the stack as it is.
-None of the models has batch normalisation or dropout: they would confound the batch size.
+None has dropout, nor, unless ``norm`` asks for it, a normalisation: batch statistics would confound the batch size.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,14 @@ from torch import nn
 # Above this many weights a CPU multiplies replica by replica: one matrix product each runs up to twice as fast as a
 # batched one. The choice depends on the layer alone, so such a replica's result is the same to the bit in any stack.
 _BATCHED_BELOW = 32_768
+
+
+class Problem(Protocol):
+    """What a model must know of a dataset."""
+
+    input_shape: tuple[int, ...]
+    num_classes: int
+    device: torch.device
 
 
 class Linear(nn.Module):
@@ -48,12 +59,123 @@ class Conv2d(nn.Module):
         return F.conv2d(x, self.weight.flatten(0, 1), self.bias.flatten(), padding=padding, groups=len(self.weight))
 
 
+class _Norm(nn.Module):
+    """A normalisation on ``(examples, replicas · channels, …)``, with a scale from 1 and a shift from 0 a channel."""
+
+    def __init__(self, replicas: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(replicas, channels))
+        self.bias = nn.Parameter(torch.zeros(replicas, channels))
+
+
+class BatchNorm(_Norm):
+    """Batch normalisation: mean and variance over examples and positions (Ioffe & Szegedy 2015), torch's constants.
+
+    With a ``norm_batch_size``, over each so many consecutive examples: *ghost batches* (Hoffer 2017), split by
+    ``parts``; each adds to the running statistics by its share of the examples. In eval mode, and for a single example
+    without positions, which has no variance, the running statistics are used.
+    """
+
+    def __init__(self, replicas: int, channels: int, norm_batch_size: int | None = None):
+        super().__init__(replicas, channels)
+        self.norm_batch_size = norm_batch_size and int(norm_batch_size)
+        self.register_buffer("running_mean", torch.zeros(replicas, channels))
+        self.register_buffer("running_var", torch.ones(replicas, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+        examples, channels = x.shape[:2]
+        if not self.training or x.numel() == channels:
+            return F.batch_norm(x, *(t.flatten() for t in running + affine))
+        normalised, updated = [], [torch.zeros_like(t) for t in running]
+        sizes = parts(examples, self.norm_batch_size or examples)
+        ghosts = [(size, len(list(same))) for size, same in itertools.groupby(sizes)]
+        for (size, count), h in zip(ghosts, x.split([size * count for size, count in ghosts])):
+            # Ghost batches of one size side by side, as channels of one call.
+            h = h.unflatten(0, (count, size)).transpose(0, 1).flatten(1, 2)
+            statistics = [t.flatten().repeat(count) for t in running]
+            h = F.batch_norm(h, *statistics, *(t.flatten().repeat(count) for t in affine), training=True)
+            normalised.append(h.unflatten(1, (count, channels)).transpose(0, 1).flatten(0, 1))
+            for total, value in zip(updated, statistics):
+                total.add_(value.view(count, *total.shape).mean(0), alpha=size * count / examples)
+        for buffer, value in zip(running, updated):
+            buffer.copy_(value)
+        return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
+
+
+class GroupNorm(_Norm):
+    """Group normalisation (Wu & He 2018): mean and variance over groups of one example's channels and their positions.
+
+    As many groups as the channels allow, at most 8, of at least two channels each. No example touches another.
+    """
+
+    def __init__(self, replicas: int, channels: int):
+        super().__init__(replicas, channels)
+        self.groups = max((g for g in range(1, 9) if channels % (2 * g) == 0), default=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x, len(self.weight) * self.groups, self.weight.flatten(), self.bias.flatten())
+
+
+LOSSES = ("cross_entropy", "squared")
+
+
+def check_loss(loss: object) -> None:
+    """ValueError unless it is one of ``LOSSES``."""
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; choose one of: {', '.join(LOSSES)}")
+
+
+def example_losses(logits: torch.Tensor, targets: torch.Tensor, loss: str = "cross_entropy") -> torch.Tensor:
+    """Each example's loss: logits ``(replicas, examples, classes)`` and targets ``(replicas, examples)`` → their shape.
+
+    ``"squared"`` is half the squared distance to the one-hot target (Cohen 2021).
+    """
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none").view(targets.shape)
+    return (logits - F.one_hot(targets, logits.shape[-1])).square().sum(-1) / 2
+
+
+NORMS = ("none", "batch", "group")
+
+
+def parts(examples: int, size: int) -> list[int]:
+    """The sizes of consecutive parts of ``size`` examples, the last one shorter.
+
+    A rest of a single example, which has no variance, joins the part before.
+    """
+    size = min(size, examples)
+    count, rest = divmod(examples, size)
+    if rest == 1 and size > 1:
+        return [size] * (count - 1) + [size + 1]
+    return [size] * count + [rest] * (rest > 0)
+
+
+def check_norm(norm: object, norm_batch_size: object) -> None:
+    """ValueError unless ``norm`` is one of ``NORMS``, and ``norm_batch_size`` None or, for batch, at least 2."""
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; choose one of: {', '.join(NORMS)}")
+    if norm_batch_size is None:
+        return
+    if norm != "batch":
+        raise ValueError(f"norm_batch_size is {norm_batch_size!r} with norm={norm!r}; only norm='batch' takes one")
+    if not isinstance(norm_batch_size, numbers.Real) or not norm_batch_size >= 2 or norm_batch_size % 1:
+        raise ValueError(
+            f"norm_batch_size is {norm_batch_size!r}; expected a whole number of examples from 2 on (one has no "
+            "variance), or None for the whole minibatch"
+        )
+
+
 class Model(nn.Module):
     """A classifier in two parts: ``features(x)`` (all but the last layer) and ``head`` (the last, linear, layer)."""
 
     head: Linear
     multiply_adds: int  # of one example's forward pass, to tell long jobs from short
     evaluation_chunk = 1_000  # examples a forward pass, so that a CPU's cache holds the activations
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList()  # one after each of ``layers``, before its ReLU; or none at all
 
     @property
     def replicas(self) -> int:
@@ -69,8 +191,17 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def restore(self, weights: Mapping[str, torch.Tensor]) -> Model:
-        """Take over ``weights`` by name, each with its replica axis; a single replica's go to every replica."""
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+        """Take over ``weights`` by name, each with its replica axis; a single replica's go to every replica.
+
+        Raises ValueError unless the names are the model's: weights trained with a ``norm`` need a model with it.
+        """
+        own = dict((*self.named_parameters(), *self.named_buffers()))
+        if set(own) != set(weights):
+            differ = ", ".join(sorted(set(own) ^ set(weights)))
+            raise ValueError(
+                f"these weights are of another model: {differ} on one side alone; build it with their norm"
+            )
+        for name, tensor in own.items():
             tensor.copy_(weights[name].expand_as(tensor))
         return self
 
@@ -87,8 +218,11 @@ class MLP(Model):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2)
-        for layer in self.layers:
-            x = layer(x).relu()
+        for layer, norm in itertools.zip_longest(self.layers, self.norms):
+            x = layer(x)
+            if norm is not None:
+                x = norm(x.transpose(0, 1).flatten(1)).unflatten(1, (self.replicas, -1)).transpose(0, 1)
+            x = x.relu()
         return x
 
 
@@ -107,8 +241,11 @@ class CNN(Model):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         replicas, examples = x.shape[:2]
         x = x.transpose(0, 1).flatten(1, 2)
-        for layer in self.layers:
-            x = F.max_pool2d(layer(x).relu(), 2)
+        for layer, norm in itertools.zip_longest(self.layers, self.norms):
+            x = layer(x)
+            if norm is not None:
+                x = norm(x)
+            x = F.max_pool2d(x.relu(), 2)
         return x.view(examples, replicas, -1).transpose(0, 1)
 
 
@@ -139,14 +276,19 @@ def build(
     num_classes: int,
     seeds: Sequence[int],
     device: torch.device | str = "cpu",
+    norm: str = "none",
+    norm_batch_size: int | None = None,
 ) -> Model:
     """A model with one replica per seed, whose initial weights depend on that seed alone (drawn on the CPU).
 
     ``brownlee_mlp``: 50 hidden units, He uniform, head Xavier uniform (Brownlee 2019). ``shen_mlp``: 1024-1024, Xavier
     normal, gain 1 (Shen 2018). ``keskar_mlp``: five layers of 512, the F1 of Keskar 2016. ``small_mlp``: 128 hidden
     units, for hundreds of runs; it, ``keskar_mlp`` and ``plain_cnn`` (two convolutions) start as ``brownlee_mlp``.
-    Raises ValueError for an unknown name or for inputs that are not images where a CNN needs them.
+    ``norm``: a normalisation after each hidden layer, before its ReLU: ``"batch"``, over the minibatch or over ghost
+    batches of ``norm_batch_size`` examples, or ``"group"``; it leaves the initial weights of the layers as they are.
+    Raises ValueError for an unknown name or norm, or for inputs that are not images where a CNN needs them.
     """
+    check_norm(norm, norm_batch_size)
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of: {', '.join(MODELS)}")
     if name == "plain_cnn" and len(input_shape) != 3:
@@ -156,4 +298,19 @@ def build(
     with torch.no_grad():
         for replica, seed in enumerate(seeds):
             initialise(model, replica, torch.Generator().manual_seed(seed))
+    for layer in model.layers if norm != "none" else ():
+        shape = layer.bias.shape  # (replicas, channels)
+        model.norms.append(GroupNorm(*shape) if norm == "group" else BatchNorm(*shape, norm_batch_size))
     return model.to(device)
+
+
+def restored(
+    name: str,
+    dataset: Problem,
+    weights: Mapping[str, torch.Tensor],
+    replicas: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A model for a dataset with ``weights``, one replica's by name with a replica axis of 1, in all its replicas."""
+    net = build(name, dataset.input_shape, dataset.num_classes, [0] * replicas, dataset.device)
+    return net.to(dtype).restore(weights)

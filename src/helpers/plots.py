@@ -127,6 +127,55 @@ def heat_table(frame: pd.DataFrame, *, rows: str, columns: str, value: str, text
     return ax
 
 
+def rate_map(frame: pd.DataFrame, value: str, *, text: str = "{:.0f}", ax: Axes | None = None) -> Axes:
+    """``value`` over batch size and learning rate, as a coloured table on log axes; expects one row a cell.
+
+    A circle marks the best rate of each size; from that of the smallest go the linear and the square-root rule.
+    """
+    ax = ax or plt.subplots()[1]
+    table = frame.pivot(index="lr", columns="batch_size", values=value)
+    edges = []
+    for ticks in (np.log2(table.columns.to_numpy(dtype=float)), np.log2(table.index.to_numpy(dtype=float))):
+        gaps = np.diff(ticks) if len(ticks) > 1 else np.ones(1)
+        middle = (ticks[1:] + ticks[:-1]) / 2
+        edges.append(2 ** np.concatenate([[ticks[0] - gaps[0] / 2], middle, [ticks[-1] + gaps[-1] / 2]]))
+    low, high = np.nanquantile(table, [0.1, 1.0])
+    mesh = ax.pcolormesh(*edges, table.to_numpy(), cmap="crest", vmin=low, vmax=high, edgecolor="white", linewidth=1)
+    for (row, column), v in np.ndenumerate(table.to_numpy()):
+        shade = "white" if (v - low) > 0.45 * (high - low) else "black"
+        at = table.columns[column], table.index[row]
+        ax.text(*at, "" if np.isnan(v) else text.format(v), ha="center", va="center", fontsize=8, color=shade)
+    ax.figure.colorbar(mesh, ax=ax, label=LABELS.get(value, value))
+    ax.set_yscale("log", base=2)
+    ax.set_yticks(table.index, [f"{v:.3g}" for v in table.index])
+    batch_size_axis(ax, list(table.columns)).set(ylabel=LABELS["lr"])
+    best, limits = table.dropna(axis="columns", how="all").idxmax(), ax.get_ylim()
+    for power, dash, rule in ((1.0, "-", "linear rule"), (0.5, ":", "square-root rule")):
+        scaled = best.iloc[0] * (best.index / best.index[0]).to_numpy() ** power
+        ax.plot(best.index, scaled, dash, color="#d55e00", linewidth=1.6, label=rule)
+    ax.plot(best, "o", markersize=17, markerfacecolor="none", markeredgecolor="#d55e00", label="best rate")
+    ax.set_ylim(limits)
+    ax.grid(False)
+    return ax
+
+
+def spans(frame: pd.DataFrame, low: str, high: str, *, ax: Axes | None = None) -> Axes:
+    """A bar per row from column ``low`` to ``high`` over its batch size, the seeds of a size side by side."""
+    ax = ax or plt.subplots()[1]
+    for batch_size, group in frame.groupby("batch_size"):
+        at = batch_size * 2 ** (np.linspace(-0.2, 0.2, len(group)) if len(group) > 1 else np.zeros(1))
+        ax.plot([at, at], [group[low], group[high]], "-o", color=colour(batch_size), linewidth=4, markersize=5)
+    return batch_size_axis(ax, sorted(frame["batch_size"].unique()))
+
+
+def dots(frame: pd.DataFrame, x: str, y: str, *, by: str | None = None, ax: Axes | None = None, **options) -> Axes:
+    """A dot per row over the categories of ``x``, a colour per value of ``by``; ``options`` of seaborn's stripplot."""
+    ax = ax or plt.subplots()[1]
+    sns.stripplot(frame, x=x, y=y, hue=by, dodge=by is not None, jitter=0.08, size=6, ax=ax, **options)
+    ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    return ax
+
+
 def scatter_classes(inputs: np.ndarray, targets: np.ndarray, *, ax: Axes | None = None) -> Axes:
     """Two-dimensional examples, a colour and a marker per class."""
     ax = ax or plt.subplots()[1]

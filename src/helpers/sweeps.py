@@ -7,6 +7,7 @@ result is the same to the bit whatever ``jobs`` is; joblib spreads jobs over the
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import numbers
 import os
@@ -18,21 +19,32 @@ from dataclasses import dataclass
 import joblib
 import numpy as np
 import pandas as pd
+import threadpoolctl
 import torch
 from tqdm import tqdm
 
-from helpers import data, geometry, gradients, models
+from helpers import data, geometry, gradients, landscape, models, noise
 from helpers.store import Store, key_of
 from helpers.training import NUMERICS, Schedule, Training, check_batch_size, check_lr, check_optimizer
 
 DEFAULTS = {
     "dataset": "mnist", "num_train": None, "subset_seed": 0, "model": "shen_mlp",
     "batch_size": 64, "lr": 0.01, "optimizer": "sgd", "momentum": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.0,
+    "norm": "none", "norm_batch_size": None, "loss": "cross_entropy",
     "epochs": 30, "steps": None, "record_every": 1, "record_steps": (), "target": None,
 }  # fmt: skip
 
+_TARGETS = ("test_accuracy", "train_accuracy")
+
+_OF_TRAINING = (
+    "model", "batch_size", "lr", "optimizer", "momentum", "betas", "weight_decay", "norm", "norm_batch_size", "loss"
+)  # fmt: skip
+
 # (dataset, model's name, one replica's weights, seed=, **options) → a frame
-PROTOCOLS = {"walk": gradients.walk, "frozen": gradients.frozen}
+PROTOCOLS = {
+    "walk": gradients.walk, "frozen": gradients.frozen, "staleness": gradients.staleness,
+    "spectrum": landscape.spectrum, "boxes": landscape.boxes, "noise": noise.scale, "minibatches": noise.minibatches,
+}  # fmt: skip
 
 # On a CPU, replicas of a network this small share a step's overhead; those of a larger one compete for the cache.
 _STACK_BELOW_PARAMETERS = 20_000
@@ -48,7 +60,7 @@ def grid(base: Mapping[str, object] | None = None, **values: object) -> list[dic
 
 
 def run(
-    settings: Sequence[Mapping[str, object]],
+    settings: Sequence[Mapping[str, object]] | Mapping[object, Mapping[str, object]],
     seeds: int | Iterable[int],
     *,
     snapshots: Iterable[int] = (),
@@ -58,29 +70,34 @@ def run(
 ) -> pd.DataFrame:
     """Train every setting with every seed; the history of all, with a column per setting.
 
-    ``settings``: dicts over ``DEFAULTS`` (``grid`` makes them). A run is ``epochs`` long and recorded ``record_every``
-    so many; or, where ``steps`` is given, it is that long and recorded at its beginning, its end and after each of
-    ``record_steps``. ``target``, such as ``("test_accuracy", 0.9)``, ends a run of ``steps`` at the first record that
-    reaches it, and divergence ends it too. ``snapshots``: epochs whose weights the store keeps for
-    ``measure``. ``branch_at``: runs that are equal up to this epoch train up to it once. ``jobs``: processes side by
-    side, by default one a core. Raises ValueError for settings that cannot be trained, before anything starts.
+    ``settings``: dicts over ``DEFAULTS`` (``grid`` makes them); as a mapping, its keys become a column ``label``. A run
+    is ``epochs`` long and recorded ``record_every`` so many; or, where ``steps`` is given, it is that long and recorded
+    at its beginning, its end and after each of ``record_steps``. ``target``, such as ``("test_accuracy", 0.9)``, ends a
+    run of ``steps`` at the first record at or above it, and divergence ends it too. ``snapshots``: epochs whose
+    weights the store keeps for ``measure`` and ``weights``. ``branch_at``: runs that are equal up to this epoch train
+    up to it once. ``jobs``: processes side by side, by default one a core. Raises ValueError for settings that cannot
+    be trained, before anything starts.
     """
     store, seeds = store or Store(), _seeds(seeds)
-    complete = [_checked(s) for s in settings]
+    labels = list(settings) if isinstance(settings, Mapping) else None
+    complete = [_checked(s) for s in (settings.values() if isinstance(settings, Mapping) else settings)]
     snapshots = sorted(set(snapshots))
     if any(s["steps"] for s in complete) and (snapshots or branch_at is not None):
         raise ValueError("snapshots and branches are at epochs; give the runs they belong to by epochs, not by steps")
+    if branch_at is not None and any(branch_at % s["record_every"] for s in complete if s["epochs"] > branch_at):
+        raise ValueError(f"branch_at is {branch_at}; expected a multiple of record_every: a trunk ends with a record")
     if branch_at is not None:
         trunks = [_until(s, branch_at) for s in complete if s["epochs"] > branch_at]
         trunks = list({_key(t, seeds[0], seeds): t for t in trunks}.values())
         kept = [e for e in snapshots if e < branch_at]
         _execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store), jobs, store)
     _execute(_training_jobs(complete, seeds, snapshots, branch_at, store), jobs, store)
-    frames = [
-        store.frame(_key(s, seed, seeds)).assign(**_columns(s), run=_key(s, seed, seeds))
-        for s in complete
-        for seed in seeds
-    ]
+    frames = []
+    for i, s in enumerate(complete):
+        for key in (_key(s, seed, seeds) for seed in seeds):
+            frames.append(store.frame(key).assign(**_columns(s), run=key))
+            if labels is not None:
+                frames[-1]["label"] = [labels[i]] * len(frames[-1])
     return pd.concat(frames, ignore_index=True)
 
 
@@ -106,13 +123,20 @@ def measure(
     complete, epochs = [_checked(s) for s in settings], [int(e) for e in epochs]
     for batch_size in options.get("batch_sizes", ()):
         gradients.check_split(batch_size, options.get("draw_size", 1024))
+    if any(s["norm"] != "none" for s in complete):
+        raise ValueError("the protocols measure networks without normalisation; leave out norm")
+    of_any_loss = protocol in ("spectrum", "boxes")
+    if not of_any_loss and any(s["loss"] != "cross_entropy" for s in complete):
+        raise ValueError(f"protocol {protocol!r} measures the cross-entropy; leave out loss")
     late = [(e, s["epochs"]) for e in epochs for s in complete if not 0 <= e <= s["epochs"]]
     if late:
         raise ValueError(f"epoch {late[0][0]} is not within a training of {late[0][1]} epochs")
     run(complete, seeds, snapshots=epochs, jobs=jobs, store=store)
-    todo, rows = [], []
+    todo, rows, arrays = [], [], functools.lru_cache(maxsize=1)(store.arrays)  # an entry holds all its epochs
     for s, seed, epoch, start in itertools.product(complete, seeds, epochs, range(0, trials, _TRIALS_PER_JOB)):
         chosen = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        if of_any_loss:
+            chosen = {"loss": s["loss"], **chosen}
         if protocol in ("walk", "frozen"):
             chosen["trials"] = list(range(trials)[start:][:_TRIALS_PER_JOB])
         content = {"protocol": protocol, "of": _content(s, seed, seeds), "epoch": epoch, **chosen}
@@ -120,7 +144,7 @@ def measure(
         rows.append((key, s, seed, epoch))
         if not store.has(key):
             label = f"{protocol} epoch={epoch} seed={seed}"
-            arguments = (protocol, s, _snapshot(store, s, seed, seeds, epoch), seed, chosen)
+            arguments = (protocol, s, _snapshot(arrays(_key(s, seed, seeds)), epoch), seed, chosen)
             todo.append(_Job(_measure, arguments, [content], label, _measure_seconds(s, chosen)))
     _execute(todo, jobs, store)
     frames = [
@@ -139,7 +163,7 @@ def weights(
     store, seeds, s = store or Store(), _seeds(seeds), _checked(settings)
     run([s], seeds, snapshots=[epoch], store=store)
     device = _dataset(s).device
-    kept = [_snapshot(store, s, seed, seeds, epoch) for seed in seeds]
+    kept = [_snapshot(store.arrays(_key(s, seed, seeds)), epoch) for seed in seeds]
     return [{name: torch.tensor(value, device=device) for name, value in one.items()} for one in kept]
 
 
@@ -199,7 +223,8 @@ def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpoolctl.threadpool_limits(1):  # numpy's, in the measures
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -234,7 +259,7 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
         _dataset(s),
         seeds=seeds,
         measures=geometry.distances,
-        **{k: s[k] for k in ("model", "batch_size", "lr", "optimizer", "momentum", "betas", "weight_decay")},
+        **{k: s[k] for k in _OF_TRAINING},
     )
     arrays: list[dict[str, np.ndarray]] = [{} for _ in seeds]
     start = 0
@@ -257,8 +282,10 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
             for name, value in training.state().items():
                 for replica, mine in enumerate(arrays):
                     mine[f"{epoch}/{name}"] = value[replica : replica + 1].numpy()
-    history = training.history
-    return [(history[history["seed"] == seed], mine) for seed, mine in zip(seeds, arrays)]
+    histories = [training.history[training.history["seed"] == seed] for seed in seeds]
+    if s["steps"]:  # a seed's history ends where it would have alone, whatever the others of its stack do
+        histories = [one[_ended(one, s).cumsum().shift(fill_value=0) == 0] for one in histories]
+    return list(zip(histories, arrays))
 
 
 def _train_steps(training: Training, s: Mapping) -> None:
@@ -266,18 +293,18 @@ def _train_steps(training: Training, s: Mapping) -> None:
     for step in sorted({s["steps"], *(k for k in s["record_steps"] if 0 < k < s["steps"])}):
         training.advance(steps=step - training.steps, record=False)
         training.record()
-        if training.diverged_at.isfinite().all():
+        if all(_ended(one, s).any() for _, one in training.history.groupby("seed")):
             return
-        if s["target"] is not None:
-            measure, value = s["target"]
-            history = training.history
-            if (history.groupby("seed")[measure].max() >= value).all():
-                return
 
 
-def _snapshot(store: Store, s: Mapping, seed: int, seeds: Sequence[int], epoch: int) -> dict[str, np.ndarray]:
+def _ended(history: pd.DataFrame, s: Mapping) -> pd.Series:
+    """Of a seed's records, which reach the target or have diverged."""
+    measure, value = s["target"] or ("test_accuracy", np.inf)
+    return (history[measure] >= value) | history["diverged_at"].notna()
+
+
+def _snapshot(arrays: Mapping[str, np.ndarray], epoch: int) -> dict[str, np.ndarray]:
     prefix = f"{epoch}/weights/"
-    arrays = store.arrays(_key(s, seed, seeds))
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
@@ -300,16 +327,22 @@ def _dataset(s: Mapping) -> data.Dataset:
 
 def _seconds(s: Mapping, steps: float, examples: float) -> float:
     """What so many steps over so many examples take on one core, roughly: 0.3 ms a step, 30 billion multiply-adds/s."""
-    dataset = _dataset(s)
-    model = models.build(s["model"], dataset.input_shape, dataset.num_classes, [0])
-    return steps * (3e-4 + 1e-9 * model.num_parameters) + examples * 3 * model.multiply_adds / 3e10
+    parameters, multiply_adds = _size(s["model"], _dataset(s).input_shape, _dataset(s).num_classes, s["norm"])
+    return steps * (3e-4 + 1e-9 * parameters) + examples * 3 * multiply_adds / 3e10
+
+
+@functools.lru_cache(maxsize=64)
+def _size(model: str, input_shape: tuple[int, ...], num_classes: int, norm: str) -> tuple[int, int]:
+    """Weights and biases of a model, and the multiply-adds of an example's forward pass."""
+    net = models.build(model, input_shape, num_classes, [0], norm=norm)
+    return net.num_parameters, net.multiply_adds
 
 
 def _stack_matters(s: Mapping) -> bool:
     """Whether seeds are trained as one stack on a CPU, where the last bits depend on the stack's size."""
     dataset = _dataset(s)
-    model = models.build(s["model"], dataset.input_shape, dataset.num_classes, [0])
-    return dataset.device.type == "cpu" and model.num_parameters < _STACK_BELOW_PARAMETERS
+    parameters, _ = _size(s["model"], dataset.input_shape, dataset.num_classes, s["norm"])
+    return dataset.device.type == "cpu" and parameters < _STACK_BELOW_PARAMETERS
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
@@ -328,9 +361,14 @@ def _checked(settings: Mapping[str, object]) -> dict[str, object]:
     for name in ("epochs", "record_every", *(["steps"] if s["steps"] is not None else [])):
         if not isinstance(s[name], int) or s[name] < 1:
             raise ValueError(f"{name} is {s[name]!r}; expected a whole number from 1 on")
+    s["record_steps"] = tuple(int(step) for step in s["record_steps"])
     if s["target"] is not None and s["steps"] is None:
         raise ValueError("a target ends a run given by steps; set steps, the most it may take, and record_steps")
+    if s["target"] is not None and (len(s["target"]) != 2 or s["target"][0] not in _TARGETS):
+        raise ValueError(f"target is {s['target']!r}; expected a pair such as ('test_accuracy', 0.9), of {_TARGETS}")
     check_optimizer(s["optimizer"], s["momentum"])
+    models.check_norm(s["norm"], s["norm_batch_size"])
+    models.check_loss(s["loss"])
     s["num_train"] = _dataset(s).num_train  # so that None and the whole set are the same
     for name, check in (("batch_size", lambda v: check_batch_size(v, _dataset(s).num_train)), ("lr", check_lr)):
         for value in [v for _, v in s[name].points] if isinstance(s[name], Schedule) else [s[name]]:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from helpers import gradients
+from helpers import noise
 from helpers.training import Training
 
 AXES = ("examples_seen", "steps", "seconds")
@@ -125,7 +125,7 @@ class Run:
         wrong = (logits.argmax(1) != test_targets).nonzero()[:, 0]
         probe = torch.randint(dataset.num_train, (_PROBE,), generator=torch.Generator().manual_seed(training.steps))
         probe = probe.to(dataset.device)
-        found = gradients.noise_statistics(training.model, dataset.train_inputs[probe], dataset.train_targets[probe])
+        found = noise.noise_statistics(training.model, dataset.train_inputs[probe], dataset.train_targets[probe])
         if torch.stack(found).isfinite().all():
             self._noise = 0.9 * self._noise + np.array([1.0, *(value.item() for value in found)])
         self.latest |= {

@@ -11,14 +11,14 @@ import copy
 import math
 import numbers
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
-from helpers import data, models
+from helpers import data, memory, models
 
 # Raise this when a change alters results: what the store holds under an older number is computed again.
 NUMERICS = 1
@@ -62,8 +62,12 @@ def schedule(points: Mapping[float, float], *, linear: bool = False) -> Schedule
 
 def check_batch_size(value: object, num_train: int) -> int:
     """``value`` as an int, or ValueError unless it is a whole number from 1 to the size of the training set."""
+    return _check_examples("batch_size", value, num_train)
+
+
+def _check_examples(name: str, value: object, num_train: int) -> int:
     if not isinstance(value, numbers.Real) or not 1 <= value <= num_train or value != int(value):
-        raise ValueError(f"batch_size is {value!r}; expected a whole number from 1 to {num_train} (the training set)")
+        raise ValueError(f"{name} is {value!r}; expected a whole number from 1 to {num_train} (the training set)")
     return int(value)
 
 
@@ -86,8 +90,11 @@ class Training:
     """A model on a dataset, one replica per seed, trained together; ``batch_size`` and ``lr`` may change at any time.
 
     ``optimizer``: ``"sgd"`` (with ``momentum``), ``"adam"`` or ``"adamw"`` (with ``betas``). ``batch_size`` and ``lr``
-    are numbers or a ``Schedule`` over epochs. ``measures(model, initial_weights)`` adds columns to the history: a
-    mapping of name → ``(replicas,)``. Raises ValueError for settings that cannot be trained.
+    are numbers or a ``Schedule`` over epochs. ``norm`` and ``norm_batch_size``: see ``models.build``; ``loss``: see
+    ``models.example_losses``. ``micro_batch_size``: a step's gradient is accumulated over micro-batches of so many
+    examples, to save memory; where memory does not suffice, it is halved until it does, with a warning.
+    ``measures(model, initial_weights)`` adds columns to the history: a mapping of name → ``(replicas,)``. Raises
+    ValueError for settings that cannot be trained.
     """
 
     def __init__(
@@ -102,13 +109,21 @@ class Training:
         momentum: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        norm: str = "none",
+        norm_batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        loss: str = "cross_entropy",
         measures: Callable[[models.Model, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] | None = None,
     ):
         if not seeds:
             raise ValueError("no seeds; expected at least one, for example seeds=[0]")
         check_optimizer(optimizer, momentum)
+        models.check_loss(loss)
+        self.loss = loss
         self.dataset, self.seeds, self.optimizer = dataset, tuple(int(seed) for seed in seeds), optimizer
-        self.model = models.build(model, dataset.input_shape, dataset.num_classes, self.seeds, dataset.device)
+        self.norm, self.norm_batch_size, self.micro_batch_size = norm, norm_batch_size, micro_batch_size
+        shape = (dataset.input_shape, dataset.num_classes)
+        self.model = models.build(model, *shape, self.seeds, dataset.device, norm, norm_batch_size)
         self.initial_weights = self.weights()
         self.steps = self.examples_seen = 0
         self.seconds = 0.0
@@ -140,6 +155,16 @@ class Training:
         checked = [check_batch_size(v, self.dataset.num_train) for v in values]
         self._batch_schedule = value if isinstance(value, Schedule) else None
         self._batch_size = checked[0] if self._batch_schedule is None else int(value(self.epoch))
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Examples that are in memory at a time; a minibatch's gradient is summed over them. None: all of them."""
+        return self._micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, value: int | None) -> None:
+        name = "micro_batch_size"
+        self._micro_batch_size = None if value is None else _check_examples(name, value, self.dataset.num_train)
 
     @property
     def lr(self) -> float:
@@ -191,18 +216,64 @@ class Training:
             self._set_lr(self._lr_schedule(self.epoch))
         started = time.perf_counter()
         indices = self.next_indices()
-        flat = indices.reshape(-1)
-        inputs = self.dataset.train_inputs.index_select(0, flat).unflatten(0, indices.shape)
-        targets = self.dataset.train_targets.index_select(0, flat)
-        self._optimizer.zero_grad(set_to_none=True)
-        losses = F.cross_entropy(self.model(inputs).flatten(0, 1), targets, reduction="none")
-        losses = losses.view(indices.shape).mean(1)
-        losses.sum().backward()
+        if not self.model.training:
+            self.model.train()
+        losses = self._backward(indices)
         self._optimizer.step()
-        self._losses.append((indices.shape[1], losses.detach()))
+        self._losses.append((indices.shape[1], losses))
         self.steps += 1
         self.examples_seen += indices.shape[1]
         self.seconds += time.perf_counter() - started
+
+    def _backward(self, indices: torch.Tensor) -> torch.Tensor:
+        """Leaves the minibatch's gradient in the weights, and returns its mean loss ``(replicas,)``.
+
+        What does not fit in memory is started over in micro-batches half the size, and they stay at that.
+        """
+        statistics = [(b, b.clone()) for b in self.model.buffers()] if self.norm == "batch" else []
+        while True:
+            size = min(self._micro_batch_size or indices.shape[1], indices.shape[1])
+            self._optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate(indices, size, statistics)
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not memory.exhausted(error):
+                    raise
+                reason = str(error).split("\n")[0]
+            # Outside of `except`, whose error would keep alive what did fit.
+            self._micro_batch_size = size // 2
+            self._warn_of_micro_batches(size, reason)
+
+    def _accumulate(self, indices: torch.Tensor, size: int, statistics: list[tuple]) -> torch.Tensor:
+        # Batch statistics are of the micro-batch. Split as ghost batches are, it holds whole ones where their size
+        # divides its own; and each starts from the running statistics before the step, which move by the mean move.
+        batch, moved = indices.shape[1], [torch.zeros_like(before) for _, before in statistics]
+        split = models.parts(batch, size) if statistics else size
+        total: torch.Tensor | float = 0.0
+        for part in (indices,) if size == batch else indices.split(split, dim=1):
+            for running, before in statistics:
+                running.copy_(before)
+            flat, share = part.reshape(-1), part.shape[1] / batch
+            inputs = self.dataset.train_inputs.index_select(0, flat).unflatten(0, part.shape)
+            targets = self.dataset.train_targets.index_select(0, flat)
+            losses = models.example_losses(self.model(inputs), targets.view(part.shape), self.loss).mean(1)
+            (losses.sum() if share == 1 else losses.sum() * share).backward()
+            total = losses.detach() if share == 1 else total + losses.detach() * share
+            for mean, (running, _) in zip(moved, statistics):
+                mean.add_(running, alpha=share)
+        for (running, _), mean in zip(statistics, moved):
+            running.copy_(mean)
+        return total
+
+    def _warn_of_micro_batches(self, size: int, reason: str) -> None:
+        new = self._micro_batch_size
+        same = "the gradients are the same sums"
+        if self.norm == "batch" and (self.norm_batch_size is None or new % self.norm_batch_size):
+            same = f"but batch statistics are now over at most {new} examples, so the gradients differ"
+        warnings.warn(
+            f"step {self.steps + 1}: {size} examples at once do not fit in memory ({reason}); from here on "
+            f"micro_batch_size is {new}: {same}", stacklevel=4,
+        )  # fmt: skip
 
     def advance(
         self,
@@ -286,23 +357,30 @@ class Training:
             return torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
         return sum(g.flatten(1).norm(dim=1).cpu().double() ** 2 for g in gradients).sqrt()
 
+    def minibatch_gradient(self) -> dict[str, torch.Tensor]:
+        """The gradient of the next minibatch's mean loss at the weights as they are, by name; nothing moves."""
+        branch = self.branch()
+        branch.step()
+        return {name: p.grad for name, p in branch.model.named_parameters()}
+
     @torch.inference_mode()
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss and accuracy (0 to 1) of every replica over a set of examples: two float64 ``(replicas,)``."""
+        self.model.eval()
         loss = torch.zeros(self.model.replicas, dtype=torch.float64)
         correct = torch.zeros_like(loss)
         chunk = self.model.evaluation_chunk if inputs.is_cpu else 10_000
         for x, y in zip(inputs.split(chunk), targets.split(chunk)):
             logits = self.model(x.expand(self.model.replicas, *x.shape))
             y = y.expand(self.model.replicas, -1)
-            losses = F.cross_entropy(logits.flatten(0, 1), y.reshape(-1), reduction="none").view(y.shape)
-            loss += losses.sum(1).cpu().double()
+            loss += models.example_losses(logits, y, self.loss).sum(1).cpu().double()
             correct += (logits.argmax(-1) == y).sum(1).cpu().double()
         return loss / len(targets), correct / len(targets)
 
     @torch.inference_mode()
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:
         """What every replica makes of a set of examples: ``(replicas, examples, classes)``."""
+        self.model.eval()
         chunks = inputs.split(self.model.evaluation_chunk if inputs.is_cpu else 10_000)
         return torch.cat([self.model(x.expand(self.model.replicas, *x.shape)) for x in chunks], dim=1)
 
@@ -324,8 +402,11 @@ class Training:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Weights and optimizer state by name, on the CPU, each with its replica axis: what ``resume`` takes."""
-        state = {f"weights/{name}": p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        """Weights, running statistics and optimizer state by name, on the CPU, each with its replica axis.
+
+        What ``resume`` takes.
+        """
+        state = {f"weights/{name}": t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
         for name, p in self.model.named_parameters():
             for key, value in self._optimizer.state[p].items():
                 if torch.is_tensor(value):
@@ -345,9 +426,9 @@ class Training:
         last = self._records[-1]
         self.steps, self.examples_seen, self.seconds = int(last["steps"]), int(last["examples_seen"]), last["seconds"]
         self._diverged_at = last["diverged_at"].clone()
+        self.model.restore({name: state[f"weights/{name}"] for name in self.model.state_dict()})
         with torch.no_grad():
             for name, p in self.model.named_parameters():
-                p.copy_(state[f"weights/{name}"])
                 prefix = f"optimizer/{name}/"
                 for key in [k for k in state if k.startswith(prefix)]:
                     value = state[key].to(p.device, copy=True)  # the state given stays as it is

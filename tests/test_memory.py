@@ -1,0 +1,226 @@
+import functools
+import gc
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import data, memory, models
+from helpers.training import Training
+
+DIGITS = data.load("digits", device="cpu")
+SCALAR = 4  # cross-entropy keeps the total weight of the examples, a number
+
+
+def saved_by_a_forward_pass(name, batch, replicas=1, **options):
+    model = models.build(name, (1, 8, 8), 10, range(replicas), **options)
+    x, y = torch.rand(replicas, batch, 1, 8, 8), torch.zeros(replicas * batch, dtype=torch.int64)
+    with memory.Saved(without=[*model.parameters(), *model.buffers(), x, y]) as saved:
+        loss = F.cross_entropy(model(x).flatten(0, 1), y)
+    assert loss.requires_grad
+    return saved.now
+
+
+# Saved bytes, counted
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize(("name", "hidden"), [("brownlee_mlp", [50]), ("small_mlp", [128]), ("keskar_mlp", [512] * 5)])
+def test_a_perceptron_keeps_the_output_of_each_relu_and_the_log_probabilities(name, hidden, batch, replicas):
+    expected = 4 * replicas * batch * (sum(hidden) + 10) + SCALAR
+    assert saved_by_a_forward_pass(name, batch, replicas) == expected
+
+
+def test_a_cnn_keeps_each_relu_each_pooling_and_where_its_maxima_were():
+    relus, pooled = 16 * 64 + 32 * 16, 16 * 16 + 32 * 4
+    assert saved_by_a_forward_pass("plain_cnn", 5) == 5 * (4 * (relus + pooled + 10) + 8 * pooled) + SCALAR
+
+
+def test_group_normalisation_keeps_its_input_and_two_numbers_a_group():
+    plain, normalised = (saved_by_a_forward_pass("small_mlp", 6, norm=norm) for norm in ("none", "group"))
+    assert normalised - plain == 6 * 4 * (128 + 2 * 8)
+
+
+def test_a_step_keeps_its_minibatch_too_and_lets_go_of_all():
+    training = Training(DIGITS, "small_mlp", batch_size=30)
+    with memory.Saved(without=training.model.parameters()) as saved:
+        training.advance(steps=3, record=False)
+    assert saved.peak == 30 * (4 * (64 + 128 + 10) + 8) + SCALAR  # inputs and targets: float32 and int64
+    assert saved.now == 0
+
+
+@pytest.mark.parametrize("batch_size", [24, 240, 245])
+def test_accumulation_keeps_one_micro_batch_at_a_time(batch_size):
+    training = Training(DIGITS, "small_mlp", batch_size=batch_size, micro_batch_size=24)
+    with memory.Saved(without=training.model.parameters()) as saved:
+        training.step()
+    assert saved.peak == 24 * (4 * (64 + 128 + 10) + 8) + SCALAR
+
+
+def test_a_storage_is_counted_once_and_whole():
+    x = torch.rand(100, requires_grad=True)
+    with memory.Saved() as saved:
+        square = x * x  # keeps x twice
+        part = (x[:10] * 2.0).exp()  # and its own result
+        assert saved.now == 400 + 40
+        view = square[:5].square()  # a view keeps the whole
+        assert saved.now == 400 + 40 + 400
+        del view
+        gc.collect()
+        assert saved.now == 400 + 40
+        del square, part
+        assert (saved.now, saved.peak) == (0, 840)
+
+
+def test_counting_changes_no_gradient():
+    one, other = (Training(DIGITS, "plain_cnn", batch_size=30, norm="batch") for _ in range(2))
+    with memory.Saved(without=one.model.parameters()):
+        one.advance(steps=3, record=False)
+    other.advance(steps=3, record=False)
+    assert all(torch.equal(w, other.weights()[name]) for name, w in one.weights().items())
+
+
+def test_a_limit_refuses_what_would_exceed_it_and_nothing_else():
+    x = torch.rand(100, requires_grad=True)
+    with memory.Saved(limit=400) as saved:
+        kept = x.square()
+        with pytest.raises(
+            torch.OutOfMemoryError, match=r"400 bytes are kept .* 40 more are asked for, and the limit is 400"
+        ):
+            x[:10].exp()
+        assert (saved.now, saved.peak) == (400, 400)
+        del kept
+        assert x[:10].exp().sum().requires_grad
+    assert x.exp().exp().exp().requires_grad  # outside, nothing is refused
+
+
+# The device's peak
+
+
+def allocate(megabytes):
+    return torch.ones(megabytes * 250_000)
+
+
+def in_turn():
+    for _ in range(5):
+        allocate(40)
+
+
+def together():
+    return [allocate(40) for _ in range(3)]
+
+
+def nothing():
+    pass
+
+
+class Growing:
+    """Allocates 100 MB once and for all, and 30 MB at each call."""
+
+    kept = None
+
+    def __call__(self):
+        self.kept = allocate(100) if self.kept is None else self.kept
+        allocate(30)
+
+
+def test_the_peak_of_the_resident_set_is_what_was_in_use_at_once_whatever_ran_before():
+    functions = [nothing, in_turn, together, in_turn, Growing(), nothing]
+    for found, expected in zip(memory.peaks(functions), [0, 40e6, 120e6, 40e6, 30e6, 0]):
+        assert found == pytest.approx(expected, abs=3e6)
+
+
+def test_the_peak_of_a_step_is_at_least_what_it_saves_and_flat_in_the_accumulation_steps():
+    steps = [Training(DIGITS, "plain_cnn", batch_size=b, micro_batch_size=300) for b in (300, 600)]
+    with memory.Saved(without=steps[0].model.parameters()) as saved:
+        steps[0].branch().step()
+    one, two = memory.peaks([training.step for training in steps])
+    assert saved.peak < one < 3 * saved.peak
+    assert two == pytest.approx(one, rel=0.1)
+
+
+def test_an_error_of_the_function_is_the_callers():
+    with pytest.raises(ZeroDivisionError):
+        memory.peaks([functools.partial(divmod, 1, 0)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_peak_of_a_cuda_device_is_its_allocators():
+    held = torch.ones(1_000_000, device="cuda")
+    assert memory.peaks([lambda: held * 2 + 1], "cuda") == [pytest.approx(8_000_000, abs=4096)]
+
+
+# The line
+
+
+def test_a_line_is_recovered_and_predicts_the_largest_batch():
+    batches = [8, 16, 64]
+    line = memory.fit_line(batches, [1000 + 250 * b for b in batches])
+    assert (line.fixed, line.per_example) == (pytest.approx(1000), pytest.approx(250))
+    assert line.residual < 1e-12
+    assert line(100) == pytest.approx(26_000)
+    for budget, largest in ((26_100, 100), (26_249, 100), (26_251, 101), (1_251, 1)):
+        assert line.largest_batch(budget) == largest
+
+
+def test_the_residual_is_the_largest_relative_one_of_least_squares():
+    batches, measured = np.array([1.0, 2.0, 3.0, 5.0]), np.array([3.0, 4.0, 8.0, 9.0])
+    design = np.stack([np.ones(4), batches], axis=1)
+    fixed, slope = np.linalg.solve(design.T @ design, design.T @ measured)
+    line = memory.fit_line(batches, measured)
+    assert (line.fixed, line.per_example) == (pytest.approx(fixed), pytest.approx(slope))
+    assert line.residual == pytest.approx(np.max(np.abs(fixed + slope * batches - measured) / measured))
+
+
+def test_saved_bytes_are_a_straight_line_and_the_largest_batch_is_the_largest():
+    def step(batch, limit=np.inf):
+        training = Training(DIGITS, "plain_cnn", batch_size=batch)
+        with memory.Saved(without=training.model.parameters(), limit=limit) as saved:
+            training.step()
+        return saved.peak
+
+    line = memory.fit_line([8, 16, 32], [step(b) for b in (8, 16, 32)])
+    assert line.residual < 1e-9
+    largest = line.largest_batch(3_000_000)
+    assert step(largest, 3_000_000) <= 3_000_000
+    with pytest.warns(UserWarning, match=f"{largest + 1} examples at once do not fit"):
+        step(largest + 1, 3_000_000)
+
+
+def test_a_line_through_one_batch_is_refused():
+    with pytest.raises(ValueError, match="at least two different ones"):
+        memory.fit_line([8, 8], [1, 2])
+
+
+def test_a_budget_that_holds_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"one example takes 1,250 bytes; a budget of 1,249 holds none"):
+        memory.Line(1000, 250, 0).largest_batch(1249)
+    with pytest.raises(ValueError, match="do not grow"):
+        memory.Line(1000, 0, 0).largest_batch(5000)
+
+
+# When memory does not suffice
+
+
+def test_a_real_failure_of_the_cpus_allocator_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert memory.exhausted(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA"), True),
+        (MemoryError(), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("batch_size is 0"), False),
+    ],
+)
+def test_errors_of_memory_are_told_from_others(error, expected):
+    assert memory.exhausted(error) is expected
