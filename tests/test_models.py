@@ -314,3 +314,20 @@ def test_weights_of_another_norm_are_refused_by_name():
     weights = dict(models.build("small_mlp", (1, 8, 8), 10, [0], norm="batch").state_dict())
     with pytest.raises(ValueError, match=r"norms\.0\.running_mean.*build it with their norm"):
         models.build("small_mlp", (1, 8, 8), 10, [0]).restore(weights)
+
+
+@pytest.mark.parametrize("loss", models.LOSSES)
+def test_example_losses_are_their_closed_forms(loss):
+    logits = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[0, 2, 1, 1, 0], [2, 2, 0, 1, 2]])
+    found = models.example_losses(logits, targets, loss)
+    for replica, example in np.ndindex(2, 5):
+        z, t = logits[replica, example].tolist(), targets[replica, example].item()
+        squared = sum((v - (c == t)) ** 2 for c, v in enumerate(z)) / 2
+        expected = squared if loss == "squared" else math.log(sum(map(math.exp, z))) - z[t]
+        assert found[replica, example].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_unknown_loss_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'hinge'; choose one of: cross_entropy, squared"):
+        models.check_loss("hinge")

@@ -890,3 +890,14 @@ def test_training_goes_on_when_the_process_really_runs_out_of_memory():
     done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "micro-batches of" in done.stdout
+
+
+def test_a_step_on_the_squared_loss_is_least_squares_in_the_head():
+    training = train(loss="squared", batch_size=16, lr=0.01)
+    x, w = BLOBS.train_inputs[training.next_indices()[0]].double(), training.weights()
+    y = torch.eye(3, dtype=torch.float64)[BLOBS.train_targets[training.next_indices()[0]]]
+    hidden = (x @ w["layers.0.weight"][0].double().T + w["layers.0.bias"][0].double()).relu()
+    error = hidden @ w["head.weight"][0].double().T + w["head.bias"][0].double() - y
+    training.step()  # the head is linear in its weights: its gradient is the closed form of least squares
+    expected = w["head.weight"][0].double() - 0.01 * error.T @ hidden / 16
+    np.testing.assert_allclose(training.weights()["head.weight"][0], expected, rtol=1e-4, atol=1e-6)
