@@ -78,7 +78,8 @@ def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str 
     """
     if torch.device(device).type == "cuda":
         return [_cuda_peak(function, device) for function in functions]
-    with ProcessPoolExecutor(max_workers=1, env={"MALLOC_MMAP_THRESHOLD_": "65536"}) as process:
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here
+    with ProcessPoolExecutor(max_workers=1, env=env) as process:
         return list(process.map(_resident_peak, functions))
 
 
