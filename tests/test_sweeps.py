@@ -539,3 +539,9 @@ def test_spectra_are_of_the_loss_a_network_was_trained_with(tmp_path):
     assert plain != sweeps.measure("spectrum", [s], 1, loss="cross_entropy", **given).eigenvalue.item()
     with pytest.raises(ValueError, match="measures the cross-entropy"):
         sweeps.measure("noise", [s], 1, **given)
+
+
+def test_trials_of_a_protocol_without_any_are_refused(tmp_path):
+    s = {"dataset": "blobs", "model": "brownlee_mlp", "epochs": 1}
+    with pytest.raises(ValueError, match="only walk and frozen have trials"):
+        sweeps.measure("noise", [s], 1, epochs=[1], trials=20, store=Store(tmp_path))

@@ -1,4 +1,4 @@
-"""Gradient norms: along the write-up's *walk*, and at *frozen* weights.
+"""Gradient norms: along the write-up's *walk*, and at *frozen* weights; and what becomes of gradients that go stale.
 
 Walk and frozen are two protocols. Both split one draw of examples into minibatches of a size, add up the minibatches'
 mean gradients, each weighted by its share of the draw, and take the norm of the sum (Shen 2018, "orthogonality"). The

@@ -131,6 +131,8 @@ def measure(
     late = [(e, s["epochs"]) for e in epochs for s in complete if not 0 <= e <= s["epochs"]]
     if late:
         raise ValueError(f"epoch {late[0][0]} is not within a training of {late[0][1]} epochs")
+    if trials > 1 and protocol not in ("walk", "frozen"):
+        raise ValueError(f"trials is {trials} with {protocol!r}; only walk and frozen have trials")
     run(complete, seeds, snapshots=epochs, jobs=jobs, store=store)
     todo, rows, arrays = [], [], functools.lru_cache(maxsize=1)(store.arrays)  # an entry holds all its epochs
     for s, seed, epoch, start in itertools.product(complete, seeds, epochs, range(0, trials, _TRIALS_PER_JOB)):
@@ -282,7 +284,8 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
             for name, value in training.state().items():
                 for replica, mine in enumerate(arrays):
                     mine[f"{epoch}/{name}"] = value[replica : replica + 1].numpy()
-    histories = [training.history[training.history["seed"] == seed] for seed in seeds]
+    history = training.history
+    histories = [history[history["seed"] == seed] for seed in seeds]
     if s["steps"]:  # a seed's history ends where it would have alone, whatever the others of its stack do
         histories = [one[_ended(one, s).cumsum().shift(fill_value=0) == 0] for one in histories]
     return list(zip(histories, arrays))
@@ -290,17 +293,19 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
 
 def _train_steps(training: Training, s: Mapping) -> None:
     training.record()
+    ended = torch.zeros(len(training.seeds), dtype=torch.bool)
     for step in sorted({s["steps"], *(k for k in s["record_steps"] if 0 < k < s["steps"])}):
         training.advance(steps=step - training.steps, record=False)
         training.record()
-        if all(_ended(one, s).any() for _, one in training.history.groupby("seed")):
+        ended |= _ended(training.latest, s)
+        if ended.all():
             return
 
 
-def _ended(history: pd.DataFrame, s: Mapping) -> pd.Series:
-    """Of a seed's records, which reach the target or have diverged."""
+def _ended(records: Mapping, s: Mapping):
+    """Which records reach the target or have diverged: of a history's rows, or of one record's replicas."""
     measure, value = s["target"] or ("test_accuracy", np.inf)
-    return (history[measure] >= value) | history["diverged_at"].notna()
+    return (records[measure] >= value) | (records["diverged_at"] >= 0)
 
 
 def _snapshot(arrays: Mapping[str, np.ndarray], epoch: int) -> dict[str, np.ndarray]:

@@ -325,6 +325,11 @@ class Training:
             row |= {name: value.cpu().double() for name, value in measured.items()}
         self._records.append(row)
 
+    @property
+    def latest(self) -> dict[str, object]:
+        """The last record: axes as numbers, measures ``(replicas,)``. IndexError before the first."""
+        return self._records[-1]
+
     def take_losses(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sizes ``(steps,)`` and losses ``(steps, replicas)`` of the minibatches since the last record or call.
 
