@@ -74,10 +74,11 @@ class Lab:
         self.page.locator(".companion-lab button:not([disabled])", has_text=re.compile(f"{name}$")).click()
 
     def slider(self, name):
-        """The handle of the slider that is labelled so."""
+        """The handle of the slider that is labelled so, once it is enabled: a disabled one swallows keys."""
         self.show()
         label = self.page.locator(".widget-label", has_text=re.compile(f"^{name}$"))
-        return self.page.locator(".companion-lab .widget-hslider", has=label).locator(".noUi-handle")
+        slider = self.page.locator(".companion-lab .widget-hslider", has=label)
+        return slider.locator(".noUi-target:not([disabled]) .noUi-handle")
 
     def drag(self, name, share):
         """Drag a slider's handle to ``share`` of its track."""
