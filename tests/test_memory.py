@@ -1,5 +1,6 @@
 import functools
 import gc
+import time
 
 import numpy as np
 import pytest
@@ -130,6 +131,10 @@ def test_the_peak_of_the_resident_set_is_what_was_in_use_at_once_whatever_ran_be
     functions = [nothing, in_turn, together, in_turn, Growing(), nothing]
     for found, expected in zip(memory.peaks(functions), [0, 40e6, 120e6, 40e6, 30e6, 0]):
         assert found == pytest.approx(expected, abs=3e6)
+
+
+def test_where_the_system_keeps_no_peak_the_resident_set_is_watched():
+    assert memory._watched_peak(lambda: (np.ones(5_000_000), time.sleep(0.05))) == pytest.approx(40e6, rel=0.1)
 
 
 def test_the_peak_of_a_step_is_at_least_what_it_saves_and_flat_in_the_accumulation_steps():

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import hypothesis.strategies as st
@@ -80,8 +81,8 @@ def test_brownlees_hidden_layer_is_he_uniform_and_its_head_xavier_uniform():
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_a_stacked_perceptron_equals_an_explicit_loop(hidden, replicas):
     model = randomised(models.MLP(replicas, (2, 60), 4, hidden))
-    large = [layer for layer in model.layers if layer.weight[0].numel() >= models._BATCHED_BELOW]
-    assert len(large) == (2 if hidden == [300, 200] else 0)  # both ways to multiply are tested
+    assert (model.num_parameters >= models.BATCHED_BELOW) == (hidden == [300, 200])  # both ways to multiply are tested
+    assert model.multiply_adds == model.num_parameters
     x = random_inputs(replicas, 5, 2, 60)
     logits = model(x).detach().numpy()
     weights = dict(model.named_parameters())
@@ -130,6 +131,35 @@ def test_the_gradient_of_the_summed_losses_is_each_replicas_own(name):
         alone(x[:1]).square().sum().backward()
         for p, q in zip(alone.parameters(), stack.parameters()):
             torch.testing.assert_close(p.grad[0], q.grad[replica], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", models.LOSSES)
+@pytest.mark.parametrize("hidden", [[50], [20, 30], [300, 200]])
+@pytest.mark.parametrize("examples", [1, 2, 4, 5, 15, 16, 33])  # a CPU adds few examples to large weights in other ways
+def test_backpropagation_by_hand_equals_autograd_in_float64(hidden, examples, loss):
+    model = randomised(models.MLP(3, (2, 60), 4, hidden))
+    x, targets = random_inputs(3, examples, 2, 60), torch.arange(3 * examples).view(3, examples) % 4
+    twin = copy.deepcopy(model).double()
+    expected_losses = models.example_losses(twin(x.double()), targets, loss).mean(1)
+    expected_losses.sum().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses, factors = model.backpropagate(x, targets, loss)
+    torch.testing.assert_close(losses.double(), expected_losses.detach(), rtol=1e-5, atol=1e-5)
+    assert [name for name, *_ in factors] == ["head", *(f"layers.{i}" for i in reversed(range(len(hidden))))]
+    for name, layer, *each in factors:
+        assert torch.equal(layer.weight, before[f"{name}.weight"])  # nothing moves by itself
+        weight, bias = torch.ones_like(layer.weight), torch.ones_like(layer.bias)
+        layer.add_gradient(weight, bias, *each, alpha=-0.5)
+        own = dict(twin.named_parameters())
+        for found, p in ((weight, own[f"{name}.weight"]), (bias, own[f"{name}.bias"])):
+            scale = p.grad.abs().max().item()
+            torch.testing.assert_close(found.double(), 1 - 0.5 * p.grad, rtol=1e-5, atol=1e-5 * scale + 1e-6)
+
+
+def test_only_a_perceptron_without_normalisation_has_a_closed_form():
+    closed = {(name, norm): models.build(name, (1, 8, 8), 10, [0], norm=norm).closed_form
+              for name in models.MODELS for norm in models.NORMS}  # fmt: skip
+    assert {key for key, value in closed.items() if value} == {(n, "none") for n in models.MODELS if n != "plain_cnn"}
 
 
 def test_an_unknown_model_is_refused_with_the_choices():

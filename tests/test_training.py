@@ -605,6 +605,21 @@ def test_gradient_norm_is_of_the_last_steps_minibatch():
 # Gradients accumulated over micro-batches
 
 
+def watch_sizes(training):
+    """A list that grows by the number of examples of each pass in training, by autograd or in closed form."""
+    seen = []
+    training.model.register_forward_pre_hook(lambda model, given: seen.extend([given[0].shape[1]] * model.training))
+    if training.model.closed_form:
+        by_hand = training.model.backpropagate
+
+        def backpropagate(x, *rest):
+            seen.append(x.shape[1])
+            return by_hand(x, *rest)
+
+        training.model.backpropagate = backpropagate
+    return seen
+
+
 def train64(dataset=BLOBS, model="brownlee_mlp", **settings):
     """A training in float64."""
     double = {name: getattr(dataset, name).double() for name in ("train_inputs", "test_inputs")}
@@ -677,8 +692,8 @@ def test_a_training_in_micro_batches_is_the_large_batchs(options):
 
 
 def test_micro_batches_take_effect_between_steps_and_the_last_may_be_shorter():
-    training, seen = train(batch_size=50), []
-    training.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    training = train(batch_size=50)
+    seen = watch_sizes(training)
     for micro_batch_size in (None, 20, 1, 50, 400):
         training.micro_batch_size = micro_batch_size
         training.step()
@@ -686,8 +701,8 @@ def test_micro_batches_take_effect_between_steps_and_the_last_may_be_shorter():
 
 
 def test_under_batch_statistics_no_micro_batch_is_a_single_example():
-    training, seen = train(batch_size=41, norm="batch", micro_batch_size=20), []
-    training.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    training = train(batch_size=41, norm="batch", micro_batch_size=20)
+    seen = watch_sizes(training)
     training.step()
     assert seen == [20, 21]
 
@@ -798,17 +813,20 @@ def test_a_sweep_refuses_a_normalisation_that_cannot_be_and_protocols_refuse_any
 
 def fail_above(training, limit, message="DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."):
     """A device that holds the forward pass of ``limit`` examples; more fail when the head has its gradient."""
-    seen = []
-
-    def forward(model, inputs):
-        seen.extend([inputs[0].shape[1]] * model.training)
+    seen = watch_sizes(training)
 
     def backward(gradient):
         if seen[-1] > limit:
             raise RuntimeError(message)
 
-    training.model.register_forward_pre_hook(forward)
     next(training.model.layers[0].parameters()).register_hook(backward)
+    by_hand = training.model.head.backward
+
+    def closed_form_backward(delta):
+        backward(delta)
+        return by_hand(delta)
+
+    training.model.head.backward = closed_form_backward
     return training, seen
 
 

@@ -66,17 +66,34 @@ def walk(
         net = models.restored(model, dataset, weights, len(chunk))
         for batch_size in batch_sizes:
             net.restore(weights)
-            optimizer = torch.optim.SGD(net.parameters(), lr=lr, fused=dataset.device.type in ("cpu", "cuda"))
-            total = {name: torch.zeros_like(p) for name, p in net.named_parameters() if name in recorded}
+            total = {
+                name: torch.zeros_like(p) for name, p in net.named_parameters() if name in (*recorded, "head.bias")
+            }
             for minibatch in indices.split(check_split(batch_size, draw_size), dim=1):
-                optimizer.zero_grad(set_to_none=True)
-                mean_loss(net(dataset.train_inputs[minibatch]), dataset.train_targets[minibatch]).sum().backward()
-                for name, p in net.named_parameters():
-                    if name in total:
-                        total[name].add_(p.grad, alpha=share(minibatch.shape[1], draw_size))
-                optimizer.step()
-            rows += _rows(total, batch_size, chunk)
+                inputs, targets = dataset.train_inputs[minibatch], dataset.train_targets[minibatch]
+                _step_and_add(net, inputs, targets, lr, total, share(minibatch.shape[1], draw_size))
+            rows += _rows({name: total[name] for name in recorded}, batch_size, chunk)
     return pd.DataFrame(rows)
+
+
+def _step_and_add(
+    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor, lr: float, total: dict[str, torch.Tensor], by: float
+) -> None:
+    """Move the weights by −lr·gradient of the minibatch, and what ``total`` has of it by ``by``·gradient."""
+    if net.closed_form:
+        for name, layer, *factors in net.backpropagate(inputs, targets)[1]:
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            if weight in total:
+                layer.add_gradient(total[weight], total[bias], *factors, alpha=by)
+            layer.add_gradient(layer.weight, layer.bias, *factors, alpha=-lr)
+        return
+    named = dict(net.named_parameters())
+    found = torch.autograd.grad(mean_loss(net(inputs), targets).sum(), list(named.values()))
+    with torch.no_grad():
+        for (name, p), gradient in zip(named.items(), found):
+            if name in total:
+                total[name].add_(gradient, alpha=by)
+            p.sub_(gradient, alpha=lr)
 
 
 def frozen(

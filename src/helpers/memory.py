@@ -6,10 +6,12 @@ Fitted to a few small batches, the line says which is the largest that fits befo
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -31,8 +33,10 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Counts, while it is entered, the bytes that autograd keeps for the backward pass: exactly, a storage once.
 
     ``without``: tensors that are not counted, such as the parameters. ``now`` and ``peak`` are in bytes. With a
-    ``limit`` it refuses more, as a full device does: by ``torch.OutOfMemoryError``.
+    ``limit`` it refuses more, as a full device does: by ``torch.OutOfMemoryError``. ``Saved.entered`` is how many are.
     """
+
+    entered = 0
 
     def __init__(self, without: Iterable[torch.Tensor] = (), limit: float = math.inf):
         self.now = self.peak = 0
@@ -44,7 +48,12 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def __enter__(self) -> Saved:
         super().__enter__()
+        Saved.entered += 1
         return self
+
+    def __exit__(self, *error: object) -> None:
+        Saved.entered -= 1
+        super().__exit__(*error)
 
     def _pack(self, tensor: torch.Tensor) -> object:
         storage = tensor.untyped_storage()
@@ -71,10 +80,11 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str = "cpu") -> list[int]:
     """For each function, the most bytes that it takes on the device beyond what was in use before it.
 
-    On CUDA the allocator's own count. Elsewhere the resident set of a process of its own, read every half millisecond:
-    there the C library (glibc) gives large blocks back when they are freed, where otherwise it keeps some, and the peak
-    would hang on what ran before. Each function is called twice: what is allocated once and for all, by the first call,
-    is not counted. It goes to that process by pickle, as a ``training.step`` can.
+    On CUDA the allocator's own count. Elsewhere the resident set of a process of its own: Linux keeps its highest, on
+    other systems it is read every half millisecond. In that process the C library (glibc) gives large blocks back when
+    they are freed, where otherwise it keeps some, and the peak would hang on what ran before. Each function is called
+    twice: what is allocated once and for all, by the first call, is not counted. It goes to that process by pickle, as a
+    ``training.step`` can.
     """
     if torch.device(device).type == "cuda":
         return [_cuda_peak(function, device) for function in functions]
@@ -95,6 +105,22 @@ def _cuda_peak(function: Callable[[], object], device: torch.device | str) -> in
 
 def _resident_peak(function: Callable[[], object]) -> int:
     function()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest resident set so far
+    except OSError:
+        return _watched_peak(function)
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    """A figure of Linux's on this process, in bytes."""
+    kilobytes = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(kilobytes[1])
+
+
+def _watched_peak(function: Callable[[], object]) -> int:
     process, done = psutil.Process(), threading.Event()
     before = highest = process.memory_info().rss
 

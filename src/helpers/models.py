@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Above this many weights a CPU multiplies replica by replica: one matrix product each runs up to twice as fast as a
-# batched one. The choice depends on the layer alone, so such a replica's result is the same to the bit in any stack.
-_BATCHED_BELOW = 32_768
+# On a CPU, replicas of a network with fewer parameters share a step's overhead: one batched product serves them all.
+# Those of a larger one are multiplied one by one, which runs up to twice as fast, and gives each the result that it has
+# alone, to the bit.
+BATCHED_BELOW = 20_000
+# Below 16 examples a CPU's product of two narrow matrices is slow (1024 × 1024 weights: 0.71 ms from 2 examples, 0.36
+# from 16): so few are added one by one (0.08 ms each), and from here on, filled up with zeros to 16.
+_ONE_BY_ONE, _FILLED_TO = 4, 16
 
 
 class Problem(Protocol):
@@ -33,17 +37,43 @@ class Problem(Protocol):
 class Linear(nn.Module):
     """A fully connected layer: ``(replicas, examples, in)`` → ``(replicas, examples, out)``."""
 
-    def __init__(self, replicas: int, in_features: int, out_features: int):
+    def __init__(self, replicas: int, in_features: int, out_features: int, batched: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(replicas, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(replicas, out_features))
+        self._batched = batched
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cpu or self.weight[0].numel() < _BATCHED_BELOW:
+        if self._batched or not x.is_cpu:
             return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
         if len(self.weight) == 1:
             return F.linear(x.squeeze(0), self.weight.squeeze(0), self.bias.squeeze(0)).unsqueeze(0)
         return torch.stack([F.linear(*one) for one in zip(x.unbind(), self.weight.unbind(), self.bias.unbind())])
+
+    def backward(self, delta: torch.Tensor) -> torch.Tensor:
+        """The gradient by the layer's input, of that by its output: ``(replicas, examples, out)`` → ``(…, in)``."""
+        if self._batched or not delta.is_cpu:
+            return torch.bmm(delta, self.weight)
+        return torch.stack([d @ w for d, w in zip(delta.unbind(), self.weight.unbind())])
+
+    @torch.no_grad()
+    def add_gradient(
+        self, weight: torch.Tensor, bias: torch.Tensor, delta: torch.Tensor, given: torch.Tensor, alpha: float
+    ) -> None:
+        """Add ``alpha`` times the gradient, δᵀa and Σδ, to tensors of the weight's and the bias's shape."""
+        bias.add_(delta.sum(1), alpha=alpha)
+        if self._batched or not delta.is_cpu:
+            weight.baddbmm_(delta.transpose(1, 2), given, alpha=alpha)
+            return
+        examples = delta.shape[1]
+        if _ONE_BY_ONE < examples < _FILLED_TO:
+            delta, given = (F.pad(t, (0, 0, 0, _FILLED_TO - examples)) for t in (delta, given))
+        for w, d, a in zip(weight, delta, given):
+            if examples > _ONE_BY_ONE:
+                w.addmm_(d.t(), a, alpha=alpha)
+            else:
+                for one in zip(d, a):
+                    w.addr_(*one, alpha=alpha)
 
 
 class Conv2d(nn.Module):
@@ -136,6 +166,19 @@ def example_losses(logits: torch.Tensor, targets: torch.Tensor, loss: str = "cro
     return (logits - F.one_hot(targets, logits.shape[-1])).square().sum(-1) / 2
 
 
+def _loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the mean loss by the logits, and each example's loss; overwrites ``logits``."""
+    index, examples = targets.unsqueeze(-1), targets.shape[1]
+    if loss == "cross_entropy":
+        logits = torch.log_softmax(logits, -1)
+        losses = -logits.gather(-1, index).squeeze(-1)
+        slope = logits.exp_()
+    else:
+        losses, slope = example_losses(logits, targets, loss), logits
+    slope.scatter_add_(-1, index, slope.new_full((), -1.0).expand(index.shape))
+    return slope.div_(examples), losses
+
+
 NORMS = ("none", "batch", "group")
 
 
@@ -170,6 +213,7 @@ class Model(nn.Module):
     """A classifier in two parts: ``features(x)`` (all but the last layer) and ``head`` (the last, linear, layer)."""
 
     head: Linear
+    closed_form = False  # whether there is ``backpropagate``
     multiply_adds: int  # of one example's forward pass, to tell long jobs from short
     evaluation_chunk = 1_000  # examples a forward pass, so that a CPU's cache holds the activations
 
@@ -211,10 +255,11 @@ class MLP(Model):
 
     def __init__(self, replicas: int, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int]):
         super().__init__()
-        widths = [math.prod(input_shape), *hidden]
-        self.layers = nn.ModuleList(Linear(replicas, i, o) for i, o in zip(widths, widths[1:]))
-        self.head = Linear(replicas, widths[-1], num_classes)
-        self.multiply_adds = self.num_parameters
+        widths = [math.prod(input_shape), *hidden, num_classes]
+        self.multiply_adds = sum((i + 1) * o for i, o in zip(widths, widths[1:]))
+        batched = self.multiply_adds < BATCHED_BELOW
+        *layers, self.head = (Linear(replicas, i, o, batched) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(layers)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2)
@@ -224,6 +269,33 @@ class MLP(Model):
                 x = norm(x.transpose(0, 1).flatten(1)).unflatten(1, (self.replicas, -1)).transpose(0, 1)
             x = x.relu()
         return x
+
+    @property
+    def closed_form(self) -> bool:
+        return not self.norms
+
+    @torch.no_grad()
+    def backpropagate(
+        self, x: torch.Tensor, targets: torch.Tensor, loss: str = "cross_entropy"
+    ) -> tuple[torch.Tensor, list[tuple[str, Linear, torch.Tensor, torch.Tensor]]]:
+        """Mean losses ``(replicas,)``, and their gradient as factors: of each linear layer its name, itself, δ and a.
+
+        a, its input ``(replicas, examples, in)``, and δ, the mean loss's gradient by its output, make the weight's
+        gradient δᵀa and the bias's Σδ (``Linear.add_gradient``). By hand, not by autograd: at small batches recording
+        a graph takes as long as the arithmetic, and a gradient that goes straight into the weights is never written.
+        """
+        given = [x.flatten(2)]
+        for layer in self.layers:
+            given.append(layer.forward(given[-1]).relu_())
+        delta, losses = _loss_and_slope(self.head.forward(given[-1]), targets, loss)
+        named = [*((f"layers.{i}", layer) for i, layer in enumerate(self.layers)), ("head", self.head)]
+        factors = []
+        for name, layer in reversed(named):
+            a = given.pop()
+            factors.append((name, layer, delta, a))
+            if given:
+                delta = torch.ops.aten.threshold_backward(layer.backward(delta), a, 0)
+        return losses.mean(1), factors
 
 
 class CNN(Model):
@@ -235,7 +307,7 @@ class CNN(Model):
         super().__init__()
         channels, height, width = input_shape
         self.layers = nn.ModuleList([Conv2d(replicas, channels, 16, 3), Conv2d(replicas, 16, 32, 3)])
-        self.head = Linear(replicas, 32 * (height // 4) * (width // 4), num_classes)
+        self.head = Linear(replicas, 32 * (height // 4) * (width // 4), num_classes, batched=False)
         self.multiply_adds = height * width * 9 * (16 * channels + 16 * 32 // 4)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:

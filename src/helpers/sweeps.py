@@ -46,8 +46,6 @@ PROTOCOLS = {
     "spectrum": landscape.spectrum, "boxes": landscape.boxes, "noise": noise.scale, "minibatches": noise.minibatches,
 }  # fmt: skip
 
-# On a CPU, replicas of a network this small share a step's overhead; those of a larger one compete for the cache.
-_STACK_BELOW_PARAMETERS = 20_000
 _TRIALS_PER_JOB = 10
 _WORTH_WORKERS = 8.0  # estimated seconds: below, starting processes takes longer than they save
 
@@ -347,7 +345,7 @@ def _stack_matters(s: Mapping) -> bool:
     """Whether seeds are trained as one stack on a CPU, where the last bits depend on the stack's size."""
     dataset = _dataset(s)
     parameters, _ = _size(s["model"], dataset.input_shape, dataset.num_classes, s["norm"])
-    return dataset.device.type == "cpu" and parameters < _STACK_BELOW_PARAMETERS
+    return dataset.device.type == "cpu" and parameters < models.BATCHED_BELOW
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:

@@ -8,6 +8,7 @@ next ``batch_size`` entries of that order. So runs at two batch sizes see the sa
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import numbers
 import time
@@ -21,7 +22,7 @@ import torch
 from helpers import data, memory, models
 
 # Raise this when a change alters results: what the store holds under an older number is computed again.
-NUMERICS = 1
+NUMERICS = 2
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -132,17 +133,24 @@ class Training:
         self._losses: list[tuple[int, torch.Tensor]] = []
         self._diverged_at = torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
         self._order_epoch, self._order = -1, torch.empty(0)
-        self._optimizer = self._build_optimizer(optimizer, momentum, betas, weight_decay)
-        self.batch_size, self.lr = batch_size, lr
+        self._factors: list[tuple] = []  # the last step's gradient, where the model gives it in closed form
+        self._betas, self._weight_decay = betas, weight_decay
+        self.batch_size, self.lr, self.momentum = batch_size, lr, momentum
 
-    def _build_optimizer(self, name: str, momentum: float, betas: tuple[float, float], weight_decay: float):
+    @functools.cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Built when first needed: the first one of a process takes more than a second, and plain SGD does without."""
         # The fused kernels read and write each weight once a step; at small batches a step is bound by just that.
-        options = {"lr": 1.0, "weight_decay": weight_decay, "fused": self.dataset.device.type in ("cpu", "cuda")}
-        if name == "sgd":
-            return torch.optim.SGD(self.model.parameters(), momentum=momentum, **options)
-        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](
-            self.model.parameters(), betas=betas, **options
-        )
+        options = {"weight_decay": self._weight_decay, "fused": self.dataset.device.type in ("cpu", "cuda")}
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(self.model.parameters(), lr=1.0, **options)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
+        return kind(self.model.parameters(), betas=self._betas, **options)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether a step is w − lr·g and nothing else."""
+        return self.optimizer == "sgd" and not self._momentum and not self._weight_decay
 
     @property
     def batch_size(self) -> int:
@@ -169,31 +177,26 @@ class Training:
     @property
     def lr(self) -> float:
         """The learning rate of the next step. Takes a number or a Schedule."""
-        return self._optimizer.param_groups[0]["lr"]
+        return self._lr
 
     @lr.setter
     def lr(self, value: float | Schedule) -> None:
         for v in [v for _, v in value.points] if isinstance(value, Schedule) else [value]:
             check_lr(v)
         self._lr_schedule = value if isinstance(value, Schedule) else None
-        self._set_lr(value(self.epoch) if isinstance(value, Schedule) else float(value))
+        self._lr = float(value(self.epoch) if isinstance(value, Schedule) else value)
 
     @property
     def momentum(self) -> float:
         """The momentum of the next step; 0 forgets what has built up. Only sgd may have any."""
-        return self._optimizer.param_groups[0].get("momentum", 0.0)
+        return self._momentum
 
     @momentum.setter
     def momentum(self, value: float) -> None:
         check_optimizer(self.optimizer, value)
-        for group in self._optimizer.param_groups if self.optimizer == "sgd" else ():
-            group["momentum"] = float(value)
-            for p in group["params"] if not value else ():
-                self._optimizer.state[p].pop("momentum_buffer", None)
-
-    def _set_lr(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._momentum = float(value)
+        if not value and self.optimizer == "sgd" and "_optimizer" in self.__dict__:
+            self._optimizer.state.clear()
 
     @property
     def epoch(self) -> float:
@@ -213,28 +216,48 @@ class Training:
         if self._batch_schedule is not None:
             self._batch_size = int(self._batch_schedule(self.epoch))
         if self._lr_schedule is not None:
-            self._set_lr(self._lr_schedule(self.epoch))
+            self._lr = self._lr_schedule(self.epoch)
         started = time.perf_counter()
         indices = self.next_indices()
         if not self.model.training:
             self.model.train()
         losses = self._backward(indices)
-        self._optimizer.step()
+        self._update()
         self._losses.append((indices.shape[1], losses))
         self.steps += 1
         self.examples_seen += indices.shape[1]
         self.seconds += time.perf_counter() - started
 
+    def _update(self) -> None:
+        if self._factors and self._plain:
+            for _, layer, *factors in self._factors:
+                layer.add_gradient(layer.weight, layer.bias, *factors, alpha=-self._lr)
+            return
+        for _, layer, *factors in self._factors:
+            for p in (layer.weight, layer.bias):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+            layer.add_gradient(layer.weight.grad, layer.bias.grad, *factors, alpha=1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr
+            group |= {"momentum": self._momentum} if self.optimizer == "sgd" else {}
+        self._optimizer.step()
+
     def _backward(self, indices: torch.Tensor) -> torch.Tensor:
-        """Leaves the minibatch's gradient in the weights, and returns its mean loss ``(replicas,)``.
+        """Leaves the minibatch's gradient in the weights or as factors, and returns its mean loss ``(replicas,)``.
 
         What does not fit in memory is started over in micro-batches half the size, and they stay at that.
         """
         statistics = [(b, b.clone()) for b in self.model.buffers()] if self.norm == "batch" else []
+        self._factors = []
         while True:
             size = min(self._micro_batch_size or indices.shape[1], indices.shape[1])
-            self._optimizer.zero_grad(set_to_none=True)
             try:
+                # Under a count of what autograd keeps, autograd's way.
+                if self.model.closed_form and size == indices.shape[1] and not memory.Saved.entered:
+                    losses, self._factors = self.model.backpropagate(*self._examples(indices), self.loss)
+                    return losses
+                for p in self.model.parameters():
+                    p.grad = None
                 return self._accumulate(indices, size, statistics)
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not memory.exhausted(error):
@@ -243,6 +266,12 @@ class Training:
             # Outside of `except`, whose error would keep alive what did fit.
             self._micro_batch_size = size // 2
             self._warn_of_micro_batches(size, reason)
+
+    def _examples(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets ``(replicas, examples, …)``."""
+        flat = indices.reshape(-1)
+        inputs = self.dataset.train_inputs.index_select(0, flat).unflatten(0, indices.shape)
+        return inputs, self.dataset.train_targets.index_select(0, flat).view(indices.shape)
 
     def _accumulate(self, indices: torch.Tensor, size: int, statistics: list[tuple]) -> torch.Tensor:
         # Batch statistics are of the micro-batch. Split as ghost batches are, it holds whole ones where their size
@@ -253,10 +282,9 @@ class Training:
         for part in (indices,) if size == batch else indices.split(split, dim=1):
             for running, before in statistics:
                 running.copy_(before)
-            flat, share = part.reshape(-1), part.shape[1] / batch
-            inputs = self.dataset.train_inputs.index_select(0, flat).unflatten(0, part.shape)
-            targets = self.dataset.train_targets.index_select(0, flat)
-            losses = models.example_losses(self.model(inputs), targets.view(part.shape), self.loss).mean(1)
+            share = part.shape[1] / batch
+            inputs, targets = self._examples(part)
+            losses = models.example_losses(self.model(inputs), targets, self.loss).mean(1)
             (losses.sum() if share == 1 else losses.sum() * share).backward()
             total = losses.detach() if share == 1 else total + losses.detach() * share
             for mean, (running, _) in zip(moved, statistics):
@@ -357,16 +385,25 @@ class Training:
 
     def gradient_norm(self) -> torch.Tensor:
         """Euclidean norm of the last step's minibatch gradient: float64 ``(replicas,)``; NaN before the first step."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = self._gradients().values()
         if not gradients:
             return torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
         return sum(g.flatten(1).norm(dim=1).cpu().double() ** 2 for g in gradients).sqrt()
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """The last step's gradient by name; empty before the first."""
+        if not self._factors:
+            return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        found = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
+        for name, layer, *factors in self._factors:
+            layer.add_gradient(found[f"{name}.weight"], found[f"{name}.bias"], *factors, alpha=1.0)
+        return found
 
     def minibatch_gradient(self) -> dict[str, torch.Tensor]:
         """The gradient of the next minibatch's mean loss at the weights as they are, by name; nothing moves."""
         branch = self.branch()
         branch.step()
-        return {name: p.grad for name, p in branch.model.named_parameters()}
+        return branch._gradients()
 
     @torch.inference_mode()
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,7 +450,7 @@ class Training:
         """
         state = {f"weights/{name}": t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
         for name, p in self.model.named_parameters():
-            for key, value in self._optimizer.state[p].items():
+            for key, value in {} if self._plain else self._optimizer.state[p].items():
                 if torch.is_tensor(value):
                     value = value.detach().cpu().clone()
                     state[f"optimizer/{name}/{key}"] = value.expand(self.model.replicas) if value.ndim == 0 else value
