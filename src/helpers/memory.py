@@ -83,7 +83,7 @@ def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str 
     On CUDA the allocator's own count. Elsewhere the resident set of a process of its own: Linux keeps its highest, on
     other systems it is read every half millisecond. In that process the C library (glibc) gives large blocks back when
     they are freed, where otherwise it keeps some, and the peak would hang on what ran before. Each function is called
-    twice: what is allocated once and for all, by the first call, is not counted. It goes to that process by pickle, as a
+    twice: what is allocated once and for all, by the first call, is not counted. It goes there by pickle, as a
     ``training.step`` can.
     """
     if torch.device(device).type == "cuda":
