@@ -217,7 +217,7 @@ def test_staleness_falls_in_proportion_to_the_rate_and_is_none_for_a_single_step
     distance = frame["relative_distance"]
     assert distance[6, 1e-6] / distance[6, 1e-7] == pytest.approx(10, rel=0.01)
     assert 0 < distance[6, 1e-7] < 1e-3
-    assert distance[1, 1e-6] == distance[1, 1e-7] == 0
+    assert max(distance[1, 1e-6], distance[1, 1e-7]) < 1e-9  # rounding, of float64
 
 
 def test_staleness_leaves_the_weights_alone():

@@ -158,21 +158,24 @@ def staleness(
     net = models.restored(model, dataset, weights, dtype=torch.float64)
     origin = {name: p.detach().clone() for name, p in net.named_parameters()}
 
-    def descend(minibatches: Sequence[torch.Tensor], rate: float) -> list[torch.Tensor]:
+    def descend(rate: float) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Where so many small steps end, from the start, and the sum of their gradients."""
         net.restore(origin)
-        for minibatch in minibatches:
-            loss = mean_loss(net(inputs[minibatch][None]), targets[minibatch][None]).sum() * len(minibatch)
-            with torch.no_grad():
-                for p, gradient in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
-                    p.sub_(gradient, alpha=rate)
-        return [p.detach() - origin[name] for name, p in net.named_parameters()]
+        total = {name: torch.zeros_like(p) for name, p in origin.items()}
+        ends = {}
+        for n, minibatch in enumerate(order.split(batch_size), 1):
+            _step_and_add(net, inputs[minibatch][None], targets[minibatch][None], rate * batch_size, total, batch_size)
+            if n in counts:
+                moved = torch.cat([(p.detach() - origin[name]).flatten() for name, p in net.named_parameters()])
+                ends[n] = moved, torch.cat([t.flatten() for t in total.values()])
+        return ends
 
+    at_start = {n: gradient for n, (_, gradient) in descend(0.0).items()}
+    small = {rate: descend(rate) for rate in base_rates}
     rows = []
     for n, rate in itertools.product(counts, base_rates):
-        examples = order[: n * batch_size]
-        small, large = descend(examples.split(batch_size), rate), descend([examples], rate)
-        apart = sum((a - b).square().sum() for a, b in zip(small, large))
-        distance = float((apart / sum(b.square().sum() for b in large)).sqrt())
+        large = -rate * at_start[n]
+        distance = float((small[rate][n][0] - large).norm() / large.norm())
         rows.append({"count": n, "base_rate": rate, "relative_distance": distance})
     return pd.DataFrame(rows)
 

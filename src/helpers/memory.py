@@ -5,11 +5,13 @@ Fitted to a few small batches, the line says which is the largest that fits befo
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +90,18 @@ def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str 
     """
     if torch.device(device).type == "cuda":
         return [_cuda_peak(function, device) for function in functions]
-    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as here
-    with ProcessPoolExecutor(max_workers=1, env=env) as process:
-        return list(process.map(_resident_peak, functions))
+    try:
+        return list(_process(torch.get_num_threads()).map(_resident_peak, functions))
+    except BrokenExecutor:
+        _process.cache_clear()
+        raise
+
+
+@functools.cache
+def _process(threads: int) -> ProcessPoolExecutor:
+    """A process of its own, kept for a minute: starting one takes seconds."""
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(threads)}
+    return ProcessPoolExecutor(max_workers=1, env=env, timeout=60)
 
 
 def _cuda_peak(function: Callable[[], object], device: torch.device | str) -> int:

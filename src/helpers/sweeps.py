@@ -90,13 +90,10 @@ def run(
         kept = [e for e in snapshots if e < branch_at]
         _execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store), jobs, store)
     _execute(_training_jobs(complete, seeds, snapshots, branch_at, store), jobs, store)
-    frames = []
-    for i, s in enumerate(complete):
-        for key in (_key(s, seed, seeds) for seed in seeds):
-            frames.append(store.frame(key).assign(**_columns(s), run=key))
-            if labels is not None:
-                frames[-1]["label"] = [labels[i]] * len(frames[-1])
-    return pd.concat(frames, ignore_index=True)
+    columns = [{**_columns(s), "run": _key(s, seed, seeds)} for s in complete for seed in seeds]
+    if labels is not None:
+        columns = [{**one, "label": labels[i // len(seeds)]} for i, one in enumerate(columns)]
+    return _joined([store.frame(one["run"]) for one in columns], columns)
 
 
 def measure(
@@ -147,13 +144,19 @@ def measure(
             arguments = (protocol, s, _snapshot(arrays(_key(s, seed, seeds)), epoch), seed, chosen)
             todo.append(_Job(_measure, arguments, [content], label, _measure_seconds(s, chosen)))
     _execute(todo, jobs, store)
-    frames = [
-        store.frame(key)
-        .rename(columns={"batch_size": "measured_batch_size"})
-        .assign(**_columns(s), seed=seed, epoch=epoch, protocol=protocol)
-        for key, s, seed, epoch in rows
-    ]
-    return pd.concat(frames, ignore_index=True)
+    frames = [store.frame(key).rename(columns={"batch_size": "measured_batch_size"}) for key, *_ in rows]
+    columns = [{**_columns(s), "seed": seed, "epoch": epoch, "protocol": protocol} for _, s, seed, epoch in rows]
+    return _joined(frames, columns)
+
+
+def _joined(frames: Sequence[pd.DataFrame], columns: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """The frames below each other, each with values of its own in further columns."""
+    joined, lengths = pd.concat(frames, ignore_index=True), [len(frame) for frame in frames]
+    for name in columns[0]:
+        values = np.empty(len(columns), dtype=object)
+        values[:] = [one[name] for one in columns]
+        joined[name] = pd.Series(np.repeat(values, lengths)).infer_objects()
+    return joined
 
 
 def weights(
@@ -218,12 +221,15 @@ def _one(number: int, job: _Job):
         return number, job.function(*job.arguments)
 
 
+_thread_pools = functools.cache(threadpoolctl.ThreadpoolController)  # looks through the loaded libraries: once
+
+
 @contextlib.contextmanager
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpoolctl.threadpool_limits(1):  # numpy's, in the measures
+        with _thread_pools().limit(limits=1):  # numpy's, in the measures
             yield
     finally:
         torch.set_num_threads(before)

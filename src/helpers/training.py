@@ -229,9 +229,12 @@ class Training:
         self.seconds += time.perf_counter() - started
 
     def _update(self) -> None:
-        if self._factors and self._plain:
+        if self._plain:
             for _, layer, *factors in self._factors:
                 layer.add_gradient(layer.weight, layer.bias, *factors, alpha=-self._lr)
+            with torch.no_grad():
+                for p in () if self._factors else self.model.parameters():
+                    p.sub_(p.grad, alpha=self._lr)
             return
         for _, layer, *factors in self._factors:
             for p in (layer.weight, layer.bias):
