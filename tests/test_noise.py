@@ -214,6 +214,24 @@ def test_a_minibatch_of_everything_is_the_full_gradient():
     assert (frame["squared_distance"] < 1e-10 * found.squared_gradient.item()).all()
 
 
+def test_gram_holds_the_inner_products_of_explicit_gradients():
+    found = noise.gram(network(), DIGITS.train_inputs[:12], DIGITS.train_targets[:12])
+    each = explicit_gradients(network(), 12)
+    np.testing.assert_allclose(found, each @ each.T, rtol=1e-4, atol=1e-6 * (each @ each.T).max())
+    with pytest.raises(ValueError, match="one replica of a perceptron"):
+        noise.gram(network("plain_cnn"), DIGITS.train_inputs[:12], DIGITS.train_targets[:12])
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 59])  # by look-ups and by products
+def test_minibatches_off_the_gram_matrix_equal_those_one_by_one(replace, batch_size, monkeypatch):
+    asked = {"batch_sizes": [batch_size], "draws": 20, "replace": replace}
+    fast = draw(**asked)
+    monkeypatch.setattr(noise, "gram", lambda *_: pytest.fail("this is the slow way"))
+    monkeypatch.setattr(noise, "_GRAM_BYTES", 8 * 59**2)
+    np.testing.assert_allclose(fast, draw(**asked), rtol=1e-5, atol=1e-9)
+
+
 def test_a_draw_depends_on_its_seed_size_and_number_alone():
     both, alone = draw(draws=5), draw(batch_sizes=[15], draws=3)
     np.testing.assert_array_equal(both[both.batch_size == 15].squared_norm[:3], alone.squared_norm)

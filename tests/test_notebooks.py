@@ -73,6 +73,14 @@ def test_every_profile_fits_the_notebooks(profile, dataset):
             assert set(values) <= (known or set(runs.parameters_of(runs.notebooks()[name]))), (name, values)
 
 
+def test_what_digits_change_is_laid_over_laptop_and_paper_but_not_over_quick():
+    name = "06_learning_rate_scaling"
+    for profile in ("quick", "laptop", "paper"):
+        (planned,) = runs.plan(profile, "digits", only=[name])
+        section = PROFILES["quick" if profile == "quick" else "on_digits"][name]
+        assert planned.parameters.items() >= section.items()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_headlessly_and_every_slider_works(name, tmp_path):
     folder, out = tmp_path / "notebooks", tmp_path / "out"

@@ -88,7 +88,8 @@ def plan(
         values = dict(profiles[profile].get("every", {})) | profiles[profile].get(name, {})
         if own.get("dataset") == "auto":
             values["dataset"] = dataset
-            values |= profiles.get(f"on_{dataset}", {}).get(name, {})
+            if profile != "quick":  # which is written for digits as it is
+                values |= profiles.get(f"on_{dataset}", {}).get(name, {})
         values = {k: v for k, v in values.items() if k in own} | {k: v for k, v in (given or {}).items() if k in own}
         unused -= set(values)
         values["profile"] = profile
