@@ -267,7 +267,7 @@ class MLP(Model):
             x = layer(x)
             if norm is not None:
                 x = norm(x.transpose(0, 1).flatten(1)).unflatten(1, (self.replicas, -1)).transpose(0, 1)
-            x = x.relu()
+            x = x.relu() if torch.is_grad_enabled() else x.relu_()
         return x
 
     @property
@@ -317,7 +317,7 @@ class CNN(Model):
             x = layer(x)
             if norm is not None:
                 x = norm(x)
-            x = F.max_pool2d(x.relu(), 2)
+            x = F.max_pool2d(x.relu() if torch.is_grad_enabled() else x.relu_(), 2)
         return x.view(examples, replicas, -1).transpose(0, 1)
 
 
