@@ -53,12 +53,16 @@ def noise_statistics(
 
 @dataclass(frozen=True)
 class Noise:
-    """Of a population at fixed weights, all float64: tr Σ, |G|² and the mean loss ``(replicas,)``; G by parameter."""
+    """Of a population at fixed weights, all float64: tr Σ, |G|² and the mean loss ``(replicas,)``; G by parameter.
+
+    ``squared_norms`` are the examples' own ``(replicas, N)``.
+    """
 
     trace: torch.Tensor
     squared_gradient: torch.Tensor
     loss: torch.Tensor
     gradient: list[torch.Tensor]
+    squared_norms: torch.Tensor
 
     @property
     def gradient_noise_scale(self) -> torch.Tensor:
@@ -68,14 +72,14 @@ class Noise:
 
 def exact(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor) -> Noise:
     """tr Σ and |G|² over a population, from each of its examples' gradients; sums in float64, memory flat in N."""
-    squares, loss, gradient = 0.0, 0.0, [0.0] * len(list(net.parameters()))
+    squares, loss, gradient = [], 0.0, [0.0] * len(list(net.parameters()))
     for x, y in zip(inputs.split(_CHUNK), targets.split(_CHUNK)):
         norms, mean, losses = _examples(net, x, y)
         share = len(y) / len(targets)
-        squares, loss = squares + norms.mean(1) * share, loss + losses * share
+        squares, loss = [*squares, norms], loss + losses * share
         gradient = [total + g.cpu().double() * share for total, g in zip(gradient, mean)]
-    squared_gradient = sum(g.flatten(1).square().sum(1) for g in gradient)
-    return Noise(squares - squared_gradient, squared_gradient, loss, gradient)
+    squared_gradient, norms = sum(g.flatten(1).square().sum(1) for g in gradient), torch.cat(squares, dim=1)
+    return Noise(norms.mean(1) - squared_gradient, squared_gradient, loss, gradient, norms)
 
 
 def variance_of_mean(trace: float, batch_size: int, population: int | None = None) -> float:
@@ -226,6 +230,8 @@ def _examples(
             "under batch normalisation an example has no gradient of its own: its loss depends on the others in its "
             "batch; normalise with norm='group', or call net.eval() for the running statistics"
         )
+    if net.closed_form:
+        return _by_factors(net, inputs, targets)
     layers = [m for m in net.modules() if isinstance(m, (models.Linear, models.Conv2d))]
     closed = {id(p) for layer in layers for p in layer.parameters()}
     if all(id(p) in closed for p in net.parameters()):
@@ -233,9 +239,21 @@ def _examples(
     return _one_by_one(net, inputs, targets)
 
 
+@torch.no_grad()
+def _by_factors(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor):
+    """Of a layer with input a and output gradient δ an example's squared norm is (‖a‖² + 1)·‖δ‖² (Goodfellow 2015)."""
+    n, mean = len(inputs), {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    norms = torch.zeros(net.replicas, n, dtype=torch.float64)
+    losses, factors = net.backpropagate(inputs.expand(net.replicas, *inputs.shape), targets.expand(net.replicas, -1))
+    for name, layer, delta, a in factors:
+        layer.add_gradient(mean[f"{name}.weight"], mean[f"{name}.bias"], delta, a, alpha=1.0)
+        delta = delta * n  # of each example's own loss, not of the mean
+        norms += ((a.square().sum(2) + 1) * delta.square().sum(2)).cpu().double()
+    return norms, list(mean.values()), losses.cpu().double()
+
+
 def _closed_form(net: models.Model, layers: list[torch.nn.Module], inputs: torch.Tensor, targets: torch.Tensor):
-    """For a linear layer with input a and output gradient δ the norm is (‖a‖² + 1)·‖δ‖² (Goodfellow 2015); a
-    convolution's is that of Σ over positions of δ·patchᵀ."""
+    """As ``_by_factors``, by autograd; a convolution's gradient is Σ over positions of δ·patchᵀ."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
         layer.register_forward_hook(lambda _, given, out: seen.append((given[0].detach(), out))) for layer in layers

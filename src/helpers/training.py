@@ -135,22 +135,17 @@ class Training:
         self._order_epoch, self._order = -1, torch.empty(0)
         self._factors: list[tuple] = []  # the last step's gradient, where the model gives it in closed form
         self._betas, self._weight_decay = betas, weight_decay
+        self._parameters = dict(self.model.named_parameters())
+        self._velocity: dict[str, torch.Tensor] = {}  # of SGD with momentum: what has built up of each parameter
         self.batch_size, self.lr, self.momentum = batch_size, lr, momentum
 
     @functools.cached_property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Built when first needed: the first one of a process takes more than a second, and plain SGD does without."""
-        # The fused kernels read and write each weight once a step; at small batches a step is bound by just that.
-        options = {"weight_decay": self._weight_decay, "fused": self.dataset.device.type in ("cpu", "cuda")}
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(self.model.parameters(), lr=1.0, **options)
+    def _adam(self) -> torch.optim.Optimizer:
+        """Built when first needed: the first optimizer of a process takes more than a second, and SGD does without."""
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
-        return kind(self.model.parameters(), betas=self._betas, **options)
-
-    @property
-    def _plain(self) -> bool:
-        """Whether a step is w − lr·g and nothing else."""
-        return self.optimizer == "sgd" and not self._momentum and not self._weight_decay
+        # The fused kernels read and write each weight once a step; at small batches a step is bound by just that.
+        fused = self.dataset.device.type in ("cpu", "cuda")
+        return kind(self._parameters.values(), betas=self._betas, weight_decay=self._weight_decay, fused=fused)
 
     @property
     def batch_size(self) -> int:
@@ -195,8 +190,8 @@ class Training:
     def momentum(self, value: float) -> None:
         check_optimizer(self.optimizer, value)
         self._momentum = float(value)
-        if not value and self.optimizer == "sgd" and "_optimizer" in self.__dict__:
-            self._optimizer.state.clear()
+        if not value:
+            self._velocity = {}
 
     @property
     def epoch(self) -> float:
@@ -229,21 +224,35 @@ class Training:
         self.seconds += time.perf_counter() - started
 
     def _update(self) -> None:
-        if self._plain:
-            for _, layer, *factors in self._factors:
-                layer.add_gradient(layer.weight, layer.bias, *factors, alpha=-self._lr)
-            with torch.no_grad():
-                for p in () if self._factors else self.model.parameters():
-                    p.sub_(p.grad, alpha=self._lr)
+        if self.optimizer == "sgd":
+            self._descend()
             return
+        for p in self._parameters.values() if self._factors else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         for _, layer, *factors in self._factors:
-            for p in (layer.weight, layer.bias):
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
             layer.add_gradient(layer.weight.grad, layer.bias.grad, *factors, alpha=1.0)
-        for group in self._optimizer.param_groups:
+        for group in self._adam.param_groups:
             group["lr"] = self._lr
-            group |= {"momentum": self._momentum} if self.optimizer == "sgd" else {}
-        self._optimizer.step()
+        self._adam.step()
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        """SGD, as torch's: v ← momentum·v + g + decay·w, w ← w − lr·v; plain, g goes straight into the weights."""
+        plain = not (self._momentum or self._weight_decay)
+        into, alpha = (self._parameters, -self._lr) if plain else (self._velocity, 1.0)
+        for name, p in self._parameters.items() if not plain else ():
+            if name not in into:
+                into[name] = torch.zeros_like(p)
+            into[name].mul_(self._momentum)
+            if self._weight_decay:
+                into[name].add_(p, alpha=self._weight_decay)
+        for name, layer, *factors in self._factors:
+            layer.add_gradient(into[f"{name}.weight"], into[f"{name}.bias"], *factors, alpha=alpha)
+        for name, p in self._parameters.items():
+            if not self._factors:
+                into[name].add_(p.grad, alpha=alpha)
+            if not plain:
+                p.sub_(into[name], alpha=self._lr)
 
     def _backward(self, indices: torch.Tensor) -> torch.Tensor:
         """Leaves the minibatch's gradient in the weights or as factors, and returns its mean loss ``(replicas,)``.
@@ -452,11 +461,11 @@ class Training:
         What ``resume`` takes.
         """
         state = {f"weights/{name}": t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            for key, value in {} if self._plain else self._optimizer.state[p].items():
-                if torch.is_tensor(value):
-                    value = value.detach().cpu().clone()
-                    state[f"optimizer/{name}/{key}"] = value.expand(self.model.replicas) if value.ndim == 0 else value
+        for name, p in self._parameters.items():
+            built_up = {"velocity": self._velocity[name]} if name in self._velocity else {}
+            for key, value in (built_up if self.optimizer == "sgd" else self._adam.state[p]).items():
+                value = value.detach().cpu().clone()
+                state[f"optimizer/{name}/{key}"] = value.expand(self.model.replicas) if value.ndim == 0 else value
         return state
 
     def resume(self, state: Mapping[str, torch.Tensor], history: pd.DataFrame) -> None:
@@ -473,10 +482,13 @@ class Training:
         self._diverged_at = last["diverged_at"].clone()
         self.model.restore({name: state[f"weights/{name}"] for name in self.model.state_dict()})
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
+            for name, p in self._parameters.items():
                 prefix = f"optimizer/{name}/"
                 for key in [k for k in state if k.startswith(prefix)]:
                     value = state[key].to(p.device, copy=True)  # the state given stays as it is
-                    self._optimizer.state[p][key.removeprefix(prefix)] = value if value.ndim > 1 else value[0]
+                    if self.optimizer == "sgd":
+                        self._velocity[name] = value
+                    else:
+                        self._adam.state[p][key.removeprefix(prefix)] = value if value.ndim > 1 else value[0]
         # A schedule is read at the epoch it goes on from.
         self.batch_size, self.lr = self._batch_schedule or self.batch_size, self._lr_schedule or self.lr
