@@ -45,3 +45,9 @@ def test_constraints_pin_every_dependency_within_its_bounds():
 def test_lower_bounds_only():
     for requirement in DEPENDENCIES:
         assert [s.operator for s in requirement.specifier] == [">="], requirement
+
+
+def test_what_the_benchmarks_compare_with_has_its_reason_and_the_same_bounds():
+    listed = re.findall(r"^#   - ([\w.-]+)(\S+)  # .+$", (ROOT / "environment.yml").read_text(), re.MULTILINE)
+    extra = [Requirement(r) for r in PROJECT["optional-dependencies"]["benchmark"]]
+    assert listed == [(r.name, str(r.specifier)) for r in extra]

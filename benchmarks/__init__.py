@@ -1,0 +1,1 @@
+"""The helpers' speed, against what people would otherwise use: ``make benchmark``."""

@@ -1,0 +1,256 @@
+"""What the helpers are compared with, each written as its own documentation teaches it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from helpers import data
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+EVALUATION_BATCH = 1_000  # the test batch of PyTorch's own MNIST example
+
+
+def perceptron(widths: Sequence[int], hidden_init: Callable, head_init: Callable) -> nn.Sequential:
+    """A multilayer perceptron with ReLU, biases at 0: https://docs.pytorch.org/docs/stable/nn.html."""
+    net = nn.Sequential(nn.Flatten())
+    for given, out in zip(widths, widths[1:]):
+        net.extend([nn.Linear(given, out), nn.ReLU()])
+    del net[-1]
+    for layer in net[1::2]:
+        (head_init if layer is net[-1] else hidden_init)(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return net.to(data.pick_device())
+
+
+def shen_net(inputs: int, classes: int) -> nn.Sequential:
+    """The write-up's network, Xavier normal: https://docs.pytorch.org/docs/stable/nn.init.html."""
+    return perceptron([inputs, 1024, 1024, classes], nn.init.xavier_normal_, nn.init.xavier_normal_)
+
+
+def copied(weights: Mapping[str, torch.Tensor]) -> nn.Sequential:
+    """``shen_net`` with one replica's weights of ours."""
+    net = shen_net(weights["layers.0.weight"].shape[-1], weights["head.weight"].shape[1])
+    with torch.no_grad():
+        for layer, name in zip(net[1::2], ("layers.0", "layers.1", "head")):
+            layer.weight.copy_(weights[f"{name}.weight"][0])
+            layer.bias.copy_(weights[f"{name}.bias"][0])
+    return net
+
+
+def train_epoch(net: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
+    """One pass: https://docs.pytorch.org/tutorials/beginner/basics/optimization_tutorial.html."""
+    net.train()
+    device = data.pick_device()
+    for x, y in batches:
+        loss = F.cross_entropy(net(x.to(device)), y.to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, batches: Batches) -> float:
+    """Accuracy (0 to 1): https://docs.pytorch.org/tutorials/beginner/basics/optimization_tutorial.html."""
+    net.eval()
+    device, correct, count = data.pick_device(), 0, 0
+    for x, y in batches:
+        correct += (net(x.to(device)).argmax(1) == y.to(device)).sum().item()
+        count += len(y)
+    return correct / count
+
+
+def mnist_loaders(
+    root: Path, normalisation: tuple[float, float], batch_size: int, workers: int, num_train: int, num_test: int
+) -> list[DataLoader]:
+    """To train on, and to evaluate on (train, test): https://docs.pytorch.org/vision/stable/datasets.html.
+
+    Transforms as in https://docs.pytorch.org/vision/stable/transforms.html; workers that stay from epoch to epoch.
+    """
+    from torchvision import transforms
+    from torchvision.datasets import MNIST
+
+    mean, std = normalisation
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((mean,), (std,))])
+    train, test = (
+        Subset(MNIST(root, train=train, transform=transform, download=False), range(n))
+        for train, n in ((True, num_train), (False, num_test))
+    )
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    return [
+        DataLoader(train, batch_size=batch_size, shuffle=True, **options),
+        *(DataLoader(part, batch_size=EVALUATION_BATCH, **options) for part in (train, test)),
+    ]
+
+
+def mnist_epoch(net: nn.Module, loaders: Sequence[DataLoader], lr: float) -> list[float]:
+    """The write-up's epoch, then train and test accuracy; SGD: https://docs.pytorch.org/docs/stable/optim.html."""
+    train, *evaluated = loaders
+    train_epoch(net, train, torch.optim.SGD(net.parameters(), lr=lr))
+    return [accuracy(net, part) for part in evaluated]
+
+
+def shuffled(x: torch.Tensor, y: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Minibatches by index: https://docs.pytorch.org/docs/stable/generated/torch.randperm.html."""
+    for indices in torch.randperm(len(y)).split(batch_size):
+        yield x[indices], y[indices]
+
+
+def blobs_loop(
+    dataset: data.Dataset, batch_size: int, epochs: int, lr: float, momentum: float, loader: bool, threads: int
+) -> list[list[float]]:
+    """Train and test accuracy of each epoch; minibatches by https://docs.pytorch.org/docs/stable/data.html or shuffled.
+
+    ``threads``: https://docs.pytorch.org/docs/stable/generated/torch.set_num_threads.html.
+    """
+    net = perceptron([2, 50, 3], lambda w: nn.init.kaiming_uniform_(w, nonlinearity="relu"), nn.init.xavier_uniform_)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum)
+    train, test = (dataset.train_inputs, dataset.train_targets), (dataset.test_inputs, dataset.test_targets)
+    by_loader = DataLoader(TensorDataset(*train), batch_size=batch_size, shuffle=True)
+    before, history = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    for _ in range(epochs):
+        train_epoch(net, by_loader if loader else shuffled(*train, batch_size), optimizer)
+        history.append([accuracy(net, [train]), accuracy(net, [test])])
+    torch.set_num_threads(before)
+    return history
+
+
+def keras_backend() -> str:
+    """TensorFlow, the write-up's, where it is; else PyTorch: https://keras.io/getting_started/."""
+    found = "tensorflow" if importlib.util.find_spec("tensorflow") else "torch"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    return os.environ.setdefault("KERAS_BACKEND", found)
+
+
+def keras_fit(dataset: data.Dataset, batch_size: int, epochs: int, lr: float, momentum: float) -> Callable[[], list]:
+    """``epochs`` of https://keras.io/api/models/model_training_apis/#fit-method, after a first that compiles, untimed.
+
+    Returns the call, and the call train and test accuracy by epoch; fit's train accuracy is a running mean.
+    """
+    keras_backend()
+    import keras
+
+    keras.utils.set_random_seed(0)
+    hidden = keras.layers.Dense(50, activation="relu", kernel_initializer="he_uniform")
+    model = keras.Sequential([keras.Input((2,)), hidden, keras.layers.Dense(3, activation="softmax")])
+    sgd = keras.optimizers.SGD(learning_rate=lr, momentum=momentum)
+    model.compile(optimizer=sgd, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    x, y, *test = (
+        t.numpy(force=True)
+        for t in (dataset.train_inputs, dataset.train_targets, dataset.test_inputs, dataset.test_targets)
+    )
+    options = {"validation_data": test, "batch_size": batch_size, "verbose": 0}
+    model.fit(x, y, epochs=1, **options)
+
+    def fit() -> list:
+        history = model.fit(x, y, epochs=epochs, **options).history
+        return list(zip(history["accuracy"], history["val_accuracy"]))
+
+    return fit
+
+
+def walk_port(
+    weights: Mapping[str, torch.Tensor],
+    dataset: data.Dataset,
+    draws: Sequence[torch.Tensor],
+    batch_sizes: Sequence[int],
+    lr: float,
+) -> list[list[float]]:
+    """The write-up's section 1d, line by line: a norm per draw and size.
+
+    Saving and loading: https://docs.pytorch.org/tutorials/beginner/saving_loading_models.html.
+    """
+    net = copied(weights)
+    checkpoint = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    norms: list[list[float]] = []
+    for draw in draws:
+        images, labels = dataset.train_inputs[draw], dataset.train_targets[draw]
+        norms.append([])
+        for batch_size in batch_sizes:
+            net.load_state_dict(checkpoint)
+            total = torch.zeros_like(net[-1].weight)
+            for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                total += net[-1].weight.grad * (len(y) / len(draw))
+                optimizer.step()
+                optimizer.zero_grad()
+            norms[-1].append(total.norm().item())
+    return norms
+
+
+def backpack_norms(
+    net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, chunk: int, second_moment: bool
+) -> tuple[torch.Tensor, float]:
+    """Squared gradient norms by ``BatchL2Grad``, and tr Σ: https://docs.backpack.pt/en/master/extensions.html.
+
+    tr Σ from those norms and the mean gradient, or with ``second_moment`` by ``SumGradSquared``, entry by entry.
+    """
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad, SumGradSquared
+
+    model, loss_function = extend(net), extend(nn.CrossEntropyLoss())
+    extensions = [BatchL2Grad(), SumGradSquared()] if second_moment else [BatchL2Grad()]
+    model.zero_grad()
+    norms, moment = [], 0.0
+    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # it is how BackPACK works
+    for part, labels in zip(x.split(chunk), y.split(chunk)):
+        loss = loss_function(model(part), labels)
+        with backpack(*extensions):
+            loss.backward()  # of a mean over the chunk: its examples' gradients are divided by its length
+        norms.append(sum(p.batch_l2 for p in model.parameters()) * len(labels) ** 2)
+        if second_moment:
+            moment += sum(p.sum_grad_squared.sum().item() for p in model.parameters()) * len(labels) ** 2 / len(y)
+    squared = torch.cat(norms)
+    mean = sum(p.grad.square().sum().item() for p in model.parameters()) * (chunk / len(y)) ** 2
+    return squared, (moment if second_moment else squared.mean().item()) - mean
+
+
+def vmap_norms(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, chunk: int) -> tuple[torch.Tensor, float]:
+    """The same by ``vmap(grad)``: https://docs.pytorch.org/tutorials/intermediate/per_sample_grads.html."""
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters: dict, one: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(torch.func.functional_call(net, parameters, (one[None],)), label[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    norms, total = [], {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for part, labels in zip(x.split(chunk), y.split(chunk)):
+        each = gradients(parameters, part, labels)
+        norms.append(sum(g.flatten(1).square().sum(1) for g in each.values()))
+        total = {name: before + each[name].sum(0) for name, before in total.items()}
+    squared = torch.cat(norms)
+    return squared, squared.mean().item() - sum((g / len(y)).square().sum().item() for g in total.values())
+
+
+def minibatch_norms(net: nn.Sequential, dataset: data.Dataset, minibatches: Iterable[torch.Tensor]) -> list[float]:
+    """Norm of each minibatch's gradient by https://docs.pytorch.org/docs/stable/generated/torch.autograd.grad.html."""
+    norms, parameters = [], list(net.parameters())
+    for minibatch in minibatches:
+        loss = F.cross_entropy(net(dataset.train_inputs[minibatch]), dataset.train_targets[minibatch])
+        squares = [g.square().sum() for g in torch.autograd.grad(loss, parameters)]
+        norms.append(torch.stack(squares).sum().sqrt().item())
+    return norms
+
+
+def gemm(size: int, repeats: int) -> Callable[[], float]:
+    """So many square float32 products: https://docs.pytorch.org/docs/stable/generated/torch.mm.html."""
+    a, b = torch.rand(2, size, size, device=data.pick_device())
+    out = torch.empty_like(a)
+
+    def multiply() -> float:
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        return out[0, 0].item()  # waits for the device
+
+    return multiply

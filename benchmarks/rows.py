@@ -1,0 +1,413 @@
+"""The rows of the table: what is timed against what, and what both sides must agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import baselines
+from benchmarks.timing import Line, Mismatch, Side, Skipped, compare, interleave, same
+from helpers import data, fits, gradients, memory, models, noise, sweeps
+from helpers.store import Store
+from helpers.training import Training
+
+LR = 0.01  # the write-up's
+NORMALISATION = {"mnist": (0.1307, 0.3081), "digits": (0.3053, 0.3763)}
+STARTED = "worker processes of ours are started by the warm-up"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How much is run: ``pairs``, and with ``smoke`` as little as shows that everything works, on digits."""
+
+    pairs: int = 5
+    smoke: bool = False
+
+    @property
+    def dataset(self) -> str:
+        return self.pick("mnist", "digits")
+
+    @property
+    def epoch_sizes(self) -> tuple[int, int]:
+        """Training and test images of the timed epochs: a fifth of MNIST's, so that both have their share."""
+        return self.pick((12_000, 2_000), (512, 100))
+
+    def pick(self, full, smoke):
+        """One of two sizes."""
+        return smoke if self.smoke else full
+
+    def images(self, num_train: int, num_test: int) -> data.Dataset:
+        """The first of MNIST's training and test examples. Raises Skipped where MNIST cannot be had."""
+        try:
+            whole = data.load(self.dataset)
+        except data.DataError as error:
+            raise Skipped(str(error)) from error
+        first = {f"train_{k}": getattr(whole, f"train_{k}")[:num_train] for k in ("inputs", "targets")}
+        first |= {f"test_{k}": getattr(whole, f"test_{k}")[:num_test] for k in ("inputs", "targets")}
+        return dataclasses.replace(whole, **first, fingerprint="")
+
+
+def ours_training(dataset: data.Dataset, model: str = "shen_mlp", **options: object) -> Training:
+    """Our engine, as all rows make it."""
+    return Training(dataset, model, **{"lr": LR, **options})
+
+
+def mnist_epoch(bench: Bench) -> list[Line]:
+    """An epoch of Shen's net with evaluation, against torchvision's dataset, a DataLoader and SGD."""
+    dataset = bench.images(*bench.epoch_sizes)
+    targets = bench.pick({16: 4.0, 64: 5.0, 256: 7.5, 1024: 7.0}, {64: 5.0, 256: 7.5})
+    with tempfile.TemporaryDirectory() as folder:
+        root = _as_mnist_files(dataset, Path(folder)) if bench.smoke else data.data_root()
+        return [line for case in targets.items() for line in _mnist_epoch(bench, dataset, root, *case)]
+
+
+def _mnist_epoch(bench: Bench, dataset: data.Dataset, root: Path, batch_size: int, target: float) -> list[Line]:
+    def ours():
+        training = ours_training(dataset, batch_size=batch_size)
+
+        def epoch() -> list[float]:
+            training.advance(epochs=1, record=False)
+            training.record()
+            return [training.latest[name].item() for name in ("train_accuracy", "test_accuracy")]
+
+        return epoch
+
+    def loop(workers: int, *sizes: int) -> Side:
+        loaders = baselines.mnist_loaders(root, NORMALISATION[bench.dataset], batch_size, workers, *sizes)
+
+        def prepare():
+            torch.manual_seed(0)
+            net = baselines.copied(ours_training(dataset).weights())  # so that accuracies differ by the order alone
+            return functools.partial(baselines.mnist_epoch, net, loaders, LR)
+
+        return prepare
+
+    case, part = f"batch {batch_size}", bench.pick((2_000, 300), (128, 50))
+    trial, _ = interleave(f"workers for {case}", {w: loop(w, *part) for w in (0, 2)}, 1)
+    tried = {w: seconds[0] for w, seconds in trial.items()}
+    workers = min(tried, key=tried.get)
+    name = f"DataLoader, {workers} workers"
+    note = "{:,} training and {:,} test images; ".format(*bench.epoch_sizes) + "for a part of them the DataLoader took "
+    note += " and ".join(f"{seconds:.2f} s with {w} workers" for w, seconds in tried.items())
+    sides = {"ours": ours, name: loop(workers, *bench.epoch_sizes)}
+
+    def check(results: Mapping) -> str:
+        return same("train and test accuracy, mean", *results.values(), within=0.04)
+
+    return compare("mnist-epoch", case, sides, {name: target}, bench.pairs, check, note)
+
+
+def _as_mnist_files(dataset: data.Dataset, root: Path) -> Path:
+    """Digits in MNIST's files, for torchvision to read."""
+    raw, (mean, std) = root / "MNIST/raw", NORMALISATION["digits"]
+    raw.mkdir(parents=True)
+    for name, part in (("train", "train"), ("t10k", "test")):
+        x, y = (getattr(dataset, f"{part}_{k}").cpu() for k in ("inputs", "targets"))
+        for kind, values in (("images-idx3", (x.squeeze(1) * std + mean) * 255), ("labels-idx1", y)):
+            header = struct.pack(f">{values.ndim + 1}I", 2048 + values.ndim, *values.shape)
+            (raw / f"{name}-{kind}-ubyte").write_bytes(header + values.round().byte().numpy().tobytes())
+    return root
+
+
+def mnist_roofline(bench: Bench) -> list[Line]:
+    """Floating-point operations a second of that epoch's training alone, as a share of a square product's."""
+    dataset = bench.images(*bench.epoch_sizes)
+    inputs, classes = dataset.train_inputs[0].numel(), dataset.num_classes
+    # Forward, gradients by the weights, gradients by the inputs of all layers but the first; 2 a multiply-add.
+    flops = 2 * (2 * (inputs * 1024 + 1024 * 1024 + 1024 * classes) + 1024 * 1024 + 1024 * classes)
+    net, few = baselines.shen_net(inputs, classes), (dataset.train_inputs[:8], dataset.train_targets[:8])
+    with FlopCounterMode(display=False) as counter:
+        baselines.train_epoch(net, [few], torch.optim.SGD(net.parameters()))
+    counted = same("operations an example, ours and PyTorch's count,", flops, counter.get_total_flops() / 8, within=0)
+    work, best = flops * dataset.num_train, {}
+    for size in bench.pick((1024, 2048), (128, 256)):
+        repeats = round(work / 2 / (2 * size**3)) + 1
+        found, _ = interleave(f"products of {size}", {"": functools.partial(baselines.gemm, size, repeats)}, 1)
+        best[size, repeats] = 2 * size**3 * repeats / found[""][0]
+    size, repeats = max(best, key=best.get)
+    note = f"peak: {repeats} products of {size} × {size} float32 matrices; {counted}"
+
+    def ours(batch_size: int) -> Callable[[], object]:
+        training = ours_training(dataset, batch_size=batch_size)
+        return lambda: training.advance(epochs=1, record=False).take_losses()
+
+    lines = []
+    for batch_size, target in bench.pick({16: 28, 64: 50, 256: 75, 1024: 90}, {256: 75}).items():
+        sides = {"": functools.partial(ours, batch_size), "GEMM": functools.partial(baselines.gemm, size, repeats)}
+        times, peak = interleave(f"mnist-roofline, batch {batch_size}", sides, bench.pairs)[0].values()
+        share = [100 * work / a / (2 * size**3 * repeats / b) for a, b in zip(times, peak)]
+        case, seconds = f"batch {batch_size}", {"ours": times, "theirs": peak}
+        lines.append(Line("mnist-roofline", case, "GEMM peak", share, target, "%", **seconds, note=note))
+    return lines
+
+
+def blobs_sweep(bench: Bench) -> list[Line]:
+    """Notebook 01's sweep, against plain loops in turn and Keras's fit."""
+    sizes, (seeds, epochs) = bench.pick([4, 8, 16, 32, 64, 128, 256, 450], [32, 450]), bench.pick((30, 200), (3, 12))
+    part, keras_part = bench.pick((50, 5), (6, 2))  # epochs run, of one seed
+    dataset, how = data.load("blobs", device="cpu"), {"lr": LR, "momentum": 0.9}
+    base = {"dataset": "blobs", "model": "brownlee_mlp", "epochs": epochs, **how}
+
+    def loop(loader: bool, threads: int, sizes: Sequence[int], epochs: int) -> Callable[[], list]:
+        torch.manual_seed(0)
+        return lambda: [baselines.blobs_loop(dataset, b, epochs, **how, loader=loader, threads=threads) for b in sizes]
+
+    ways = {
+        f"{name}, {threads} thread{'s' * (threads > 1)}": (name == "DataLoader", threads)
+        for name, threads in itertools.product(("DataLoader", "randperm"), sorted({1, torch.get_num_threads()}))
+    }
+    trial = {name: functools.partial(loop, *way, [32], 5) for name, way in ways.items()}
+    tried = {name: seconds[0] for name, seconds in interleave("ways to loop", trial, 1)[0].items()}
+    best = min(tried, key=tried.get)
+    note = "5 epochs of the loop: " + "; ".join(f"{name} {1000 * s:.0f} ms" for name, s in tried.items())
+    plain, keras = f"PyTorch loop ({best})", f"Keras fit on {baselines.keras_backend()}"
+
+    def fit() -> Callable[[], list]:
+        ready = [baselines.keras_fit(dataset, b, keras_part, **how) for b in sizes]
+        return lambda: [call() for call in ready]
+
+    def check(results: Mapping) -> str:
+        texts = []
+        for name, epoch, last, within in ((plain, part // 2 + 1, part, 0.03), (keras, 2, keras_part + 1, 0.08)):
+            ours = results["ours"][results["ours"].epochs.between(epoch, last)].test_accuracy.mean()
+            theirs = np.array(results[name])[:, epoch - last - 1 :, 1].mean()
+            what = f"{name}: test accuracy, mean over sizes and epochs {epoch} to {last},"
+            texts.append(same(what, ours, theirs, within=bench.pick(within, 0.2)))
+        return "; ".join(texts)
+
+    sides = {"ours": _sweep(sweeps.grid(base, batch_size=sizes), seeds), keras: fit}
+    sides[plain] = functools.partial(loop, *ways[best], sizes, part)
+    scaled = {
+        plain: (seeds * epochs / part, f"1 of {seeds} seeds, {part} of {epochs} epochs"),
+        keras: (
+            seeds * epochs / keras_part,
+            f"1 of {seeds} seeds, {keras_part} of {epochs} epochs after one that compiles",
+        ),
+    }
+    case, note = f"{len(sizes)} sizes × {seeds} seeds × {epochs} epochs", f"{note}; {STARTED}"
+    return compare("blobs-sweep", case, sides, {plain: 15, keras: 50}, bench.pairs, check, note, scaled)
+
+
+def _sweep(settings: Sequence[Mapping], seeds: int, jobs: int | None = None) -> Side:
+    """``sweeps.run`` into a store of its own, so that nothing is there already."""
+
+    def prepare():
+        folder = tempfile.TemporaryDirectory()
+
+        def run():
+            with folder:
+                return sweeps.run(settings, seeds, jobs=jobs, store=Store(folder.name))
+
+        return run
+
+    return prepare
+
+
+def seeds(bench: Bench) -> list[Line]:
+    """Five seeds of Shen's net by ``sweeps.run``, against five trainings in turn that have all cores each."""
+    num_train, lines = bench.pick(6_000, 200), []
+    bench.images(num_train, 1)  # or Skipped
+    dataset = data.load(bench.dataset, num_train=num_train)
+
+    def in_turn(batch_size: int) -> list[float]:
+        runs = (ours_training(dataset, seeds=[seed], batch_size=batch_size).advance(epochs=1) for seed in range(5))
+        return [run.latest["test_accuracy"].item() for run in runs]
+
+    def check(results: Mapping) -> str:
+        ours = results["ours"][results["ours"].epochs == 1].sort_values("seed").test_accuracy
+        return same("test accuracy, seed by seed,", ours, results["in turn"], within=0.005)
+
+    for batch_size, target in bench.pick({16: 1.5, 64: 1.5, 1024: 1.0}, {64: 1.5}).items():
+        settings = {"dataset": bench.dataset, "num_train": num_train, "batch_size": batch_size, "lr": LR, "epochs": 1}
+        sides = {"ours": _sweep([settings], 5), "in turn": lambda b=batch_size: functools.partial(in_turn, b)}
+        case, note = f"5 seeds, batch {batch_size}", f"an epoch of {num_train:,} images, evaluated twice; {STARTED}"
+        lines += compare("seeds", case, sides, {"in turn": target}, bench.pairs, check, note)
+    return lines
+
+
+def walk(bench: Bench) -> list[Line]:
+    """Section 1d by ``sweeps.measure``, against its direct port."""
+    sizes = bench.pick([*range(1, 9), 16, 32, 64, 128, 256, 512, 1024], [2, 8])
+    trials, draw_size, num_train, large = bench.pick((20, 1024, 6_000, 1024), (2, 16, 200, 64))
+    bench.images(num_train, 1)  # or Skipped
+    dataset = data.load(bench.dataset, num_train=num_train)
+    settings = {"dataset": bench.dataset, "num_train": num_train, "batch_size": large, "lr": LR, "epochs": 1}
+    options = {"epochs": [1], "trials": trials, "batch_sizes": sizes, "draw_size": draw_size, "lr": LR}
+    with tempfile.TemporaryDirectory() as folder:
+        trained = Path(folder) / "trained"
+        weights = sweeps.weights(settings, 1, 1, store=Store(trained))[0]
+
+        def ours():
+            fresh = tempfile.mkdtemp(dir=folder)
+            shutil.copytree(trained, fresh, dirs_exist_ok=True)
+            return functools.partial(sweeps.measure, "walk", [settings], 1, store=Store(fresh), **options)
+
+        def port():
+            draws = [gradients.draw(dataset.num_train, draw_size, 0, 0)]
+            return functools.partial(baselines.walk_port, weights, dataset, draws, sizes, LR)
+
+        def check(results: Mapping) -> str:
+            ours = results["ours"][results["ours"].trial == 0].set_index("measured_batch_size").gradient_norm[sizes]
+            return same("norms of a trial", ours, results["direct port"][0], within=0.01, relative=True)
+
+        case, note = f"{len(sizes)} sizes, {trials} trials", f"checkpoint after 1 epoch; {STARTED}"
+        sides, scaled = {"ours": ours, "direct port": port}, {"direct port": (trials, f"1 of {trials} trials")}
+        return compare("walk", case, sides, {"direct port": 4}, bench.pairs, check, note, scaled)
+
+
+def per_example(bench: Bench) -> list[Line]:
+    """Per-example squared gradient norms and tr Σ, against BackPACK and ``vmap(grad)``; and the memory it takes."""
+    examples, part, chunk = bench.pick((10_000, 100, 1_000), (400, 40, 200))
+    dataset = bench.images(examples, 1)
+    x, y, net = dataset.train_inputs, dataset.train_targets, ours_training(dataset).model
+    backpack, both, vmap = "BackPACK BatchL2Grad", "BackPACK BatchL2Grad, SumGradSquared", "vmap(grad)"
+
+    def side(function: Callable, *arguments: object) -> Side:
+        return lambda: functools.partial(function, baselines.copied(dict(net.named_parameters())), *arguments)
+
+    sides = {
+        "ours": lambda: functools.partial(ours_per_example, net, x, y),
+        backpack: side(baselines.backpack_norms, x, y, chunk, False),
+        both: side(baselines.backpack_norms, x, y, chunk, True),
+        vmap: side(baselines.vmap_norms, x[:part], y[:part], 20),
+    }
+
+    def check(results: Mapping) -> str:
+        norms, trace = results["ours"]
+        texts = []
+        for name in (backpack, both, vmap):
+            theirs, their_trace = results[name]
+            texts.append(same(f"{name}: norms²", norms[: len(theirs)], theirs, within=1e-3, relative=True))
+            if len(theirs) == examples:
+                texts.append(same("tr Σ", trace, their_trace, within=1e-3, relative=True))
+        return "; ".join(texts)
+
+    case, scaled = f"{examples:,} examples", {vmap: (examples / part, f"{part} of {examples:,} examples")}
+    lines = compare("per-example", case, sides, {backpack: 1, both: 1, vmap: 20}, bench.pairs, check, scaled=scaled)
+    few = examples // 4
+    calls = [functools.partial(ours_per_example, net, x[:n], y[:n]) for n in (few, examples)]
+    low, high = memory.peaks(calls, dataset.device)
+    note = f"peak beyond what was in use: {low / 1e6:.0f} MB with {few:,}, {high / 1e6:.0f} MB with {examples:,}"
+    growth = [high / low]
+    return [
+        *lines,
+        Line("per-example", f"peak memory, {case}", f"{few:,} examples", growth, 1.25, at_least=False, note=note),
+    ]
+
+
+def ours_per_example(net: models.Model, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Squared gradient norms and tr Σ, by ``noise.exact``."""
+    found = noise.exact(net, x, y)
+    return found.squared_norms[0], found.trace.item()
+
+
+def frozen(bench: Bench) -> list[Line]:
+    """Norms of minibatches' gradients at frozen weights, from one pool, against autograd's."""
+    pool, draws, part = bench.pick((1_024, 10_000, 100), (64, 20, 2))
+    sizes = bench.pick([2**k for k in range(1, 11)], [2, 16])
+    dataset = bench.images(pool, 1)
+    weights = ours_training(dataset).weights()
+    options = {"batch_sizes": sizes, "draws": draws, "draw_size": draws * sizes[-1], "replace": True}
+    drawn = [torch.from_numpy(one) for b in sizes for one in noise._drawn(pool, b, part, True, 0)]  # the same ones
+    sides = {
+        "ours": lambda: functools.partial(noise.minibatches, dataset, "shen_mlp", weights, **options),
+        "autograd": lambda: functools.partial(baselines.minibatch_norms, baselines.copied(weights), dataset, drawn),
+    }
+
+    def check(results: Mapping) -> str:
+        ours = results["ours"].groupby("batch_size").head(part).squared_norm ** 0.5
+        return same("norms of the same minibatches", ours, results["autograd"], within=1e-4, relative=True)
+
+    counts = {"ours": draws * len(sizes), "autograd": part * len(sizes)}
+    scaled = {name: (1e6 / count, f"{count:,} norms") for name, count in counts.items()}
+    case, note = f"1,000,000 norms, batch {sizes[0]}…{sizes[-1]}", f"pool of {pool:,} examples"
+    return compare("frozen", case, sides, {"autograd": 100}, bench.pairs, check, note, scaled)
+
+
+def start(bench: Bench) -> list[Line]:
+    """Whole fresh processes, from their start to their end."""
+    code = {
+        "import torch": "import torch",
+        "import helpers": "import helpers",
+        "a notebook's imports": bench.pick(
+            "from helpers import claims, data, plots, runs, sweeps", "from helpers import data"
+        ),
+        "companion --help": "import sys; from helpers import cli; cli.main(['--help'], standalone_mode=False); "
+        "print('with torch' if 'torch' in sys.modules else 'without torch')",
+    }
+
+    def process(text: str) -> Callable[[], str]:
+        command = [sys.executable, "-c", text]
+        return lambda: subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def check(results: Mapping[str, str]) -> str:
+        if "Usage:" not in results["companion --help"] or "without torch" not in results["companion --help"]:
+            raise Mismatch("companion --help imports torch, or does not say its usage")
+        return "it does not import torch"
+
+    sides = {name: functools.partial(process, text) for name, text in code.items()}
+    seconds, checked = interleave("start", sides, bench.pairs, check)
+    theirs, against = seconds["import torch"], {"target": 1.15, "at_least": False}
+    lines = []
+    for name in ("import helpers", "a notebook's imports"):
+        ratios = [a / b for a, b in zip(seconds[name], theirs)]
+        lines.append(Line("start", name, "import torch", ratios, **against, ours=seconds[name], theirs=theirs))
+    times = seconds["companion --help"]
+    return [*lines, Line("start", "companion --help", "half a second", times, 0.5, "s", False, times, note=checked)]
+
+
+def cost_growth(bench: Bench) -> list[Line]:
+    """The exponents with which time grows, one fit to each round of interleaved sizes."""
+    model, counts = bench.pick("shen_mlp", "small_mlp"), bench.pick((1, 2, 4, 8), (1, 2, 3))
+    base, (few, width) = (
+        {"dataset": "digits", "model": model, "epochs": 1, "lr": LR},
+        bench.pick((1_500, 256), (100, 16)),
+    )
+
+    def training(num_train: int, model: str = model) -> Side:
+        x, y = torch.rand(num_train, 784, generator=torch.Generator().manual_seed(0)), torch.arange(num_train) % 10
+        dataset = data.Dataset("random", x, y, x[:few], y[:few], 10, "")
+        return lambda: functools.partial(ours_training(dataset, model).advance, epochs=1, record=False)
+
+    quantities = {
+        "seeds": {n: _sweep([base], n, 1) for n in counts},
+        "batch sizes": {n: _sweep(sweeps.grid(base, batch_size=[64 + i for i in range(n)]), 1, 1) for n in counts},
+        "training examples": {few * n: training(few * n) for n in counts},
+        "width (one hidden layer)": {width * n: training(few, _one_hidden_layer(width * n)) for n in counts},
+    }
+    lines = []
+    for name, sides in quantities.items():
+        seconds, _ = interleave(f"cost-growth, {name}", sides, bench.pairs)
+        exponents = [fits.fit_power(list(sides), times).slope for times in zip(*seconds.values())]
+        error = statistics.stdev(exponents) / len(exponents) ** 0.5 if len(exponents) > 1 else 0.0
+        times = ", ".join(f"{statistics.median(s):.3g} s at {n:,}" for n, s in seconds.items())
+        note = f"standard error {error:.2g} over rounds; {times}"
+        lines.append(Line("cost-growth", name, "linear", exponents, 1.0, "", False, note=note, error=error))
+    return lines
+
+
+def _one_hidden_layer(width: int) -> str:
+    """The name of a model that has it."""
+    initialise = models.MODELS["small_mlp"][1]
+    models.MODELS[f"mlp_{width}"] = (lambda *shape: models.MLP(*shape, hidden=[width])), initialise
+    return f"mlp_{width}"
+
+
+ROWS: dict[str, Callable[[Bench], list[Line]]] = {
+    "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "blobs-sweep": blobs_sweep, "seeds": seeds,
+    "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cost-growth": cost_growth,
+}  # fmt: skip
