@@ -63,6 +63,7 @@ class Run:
         parts = [
             "SMOKE SIZES: these figures mean nothing." if self.bench.smoke else "",
             table(self.lines),
+            "Limit: what an engine would reach that did the same arithmetic at the speed of a large matrix product.",
             f"Medians over {self.bench.pairs} interleaved pairs, after one unmeasured of each. {about['cpu']}, "
             f"{about['cores']} cores, {about['threads']} threads, {about['device']}; load average before "
             f"{about['load_average']:.1f}; {versions}.",
@@ -119,7 +120,7 @@ class Run:
 
 def table(lines: list[Line]) -> str:
     """An aligned Markdown table."""
-    cells = [["row", "case", "against", "ours", "theirs", "median", "min … max", "target", "reached"]]
+    cells = [["row", "case", "against", "ours", "theirs", "median", "min … max", "target", "reached", "limit"]]
     for line in lines:
         values = [f"{v:.3g}{' ' * (line.unit in ('%', 's'))}{line.unit}" for v in (
             line.median, min(line.values), max(line.values), line.target
@@ -127,7 +128,7 @@ def table(lines: list[Line]) -> str:
         cells.append([
             line.row, line.case, line.against, *(f"{median(s):.3g} s" if s else "" for s in (line.ours, line.theirs)),
             values[0], f"{values[1]} … {values[2]}", f"{'≥' if line.at_least else '≤'} {values[3]}",
-            "yes" if line.reached else "no",
+            "yes" if line.reached else "no", f"{line.limit:.3g}×" if line.limit else "",
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])

@@ -103,12 +103,28 @@ def _mnist_epoch(bench: Bench, dataset: data.Dataset, root: Path, batch_size: in
     name = f"DataLoader, {workers} workers"
     note = "{:,} training and {:,} test images; ".format(*bench.epoch_sizes) + "for a part of them the DataLoader took "
     note += " and ".join(f"{seconds:.2f} s with {w} workers" for w, seconds in tried.items())
-    sides = {"ours": ours, name: loop(workers, *bench.epoch_sizes)}
+    trained, forward = _operations(dataset)
+    work = trained * dataset.num_train + forward * (dataset.num_train + len(dataset.test_targets))
+    size = bench.pick(1024, 128)
+    products = functools.partial(baselines.gemm, size, max(1, round(work / (2 * size**3))))
+    sides = {"ours": ours, name: loop(workers, *bench.epoch_sizes), "GEMM": products}
 
     def check(results: Mapping) -> str:
-        return same("train and test accuracy, mean", *results.values(), within=0.04)
+        return same("train and test accuracy, mean", results["ours"], results[name], within=0.04)
 
-    return compare("mnist-epoch", case, sides, {name: target}, bench.pairs, check, note)
+    targets = {name: target, "GEMM": target}
+    against_loop, against_products = compare("mnist-epoch", case, sides, targets, bench.pairs, check, note)
+    limit = statistics.median(a / b for a, b in zip(against_loop.theirs, against_products.theirs))
+    return [dataclasses.replace(against_loop, limit=limit)]
+
+
+def _operations(dataset: data.Dataset) -> tuple[int, int]:
+    """Floating-point operations an example of Shen's net: to train on it, and forward alone; 2 a multiply-add.
+
+    Training: forward, gradients by the weights, gradients by the inputs of all layers but the first.
+    """
+    first, rest = dataset.train_inputs[0].numel() * 1024, 1024 * 1024 + 1024 * dataset.num_classes
+    return 2 * (2 * first + 3 * rest), 2 * (first + rest)
 
 
 def _as_mnist_files(dataset: data.Dataset, root: Path) -> Path:
@@ -126,9 +142,7 @@ def _as_mnist_files(dataset: data.Dataset, root: Path) -> Path:
 def mnist_roofline(bench: Bench) -> list[Line]:
     """Floating-point operations a second of that epoch's training alone, as a share of a square product's."""
     dataset = bench.images(*bench.epoch_sizes)
-    inputs, classes = dataset.train_inputs[0].numel(), dataset.num_classes
-    # Forward, gradients by the weights, gradients by the inputs of all layers but the first; 2 a multiply-add.
-    flops = 2 * (2 * (inputs * 1024 + 1024 * 1024 + 1024 * classes) + 1024 * 1024 + 1024 * classes)
+    inputs, classes, (flops, _) = dataset.train_inputs[0].numel(), dataset.num_classes, _operations(dataset)
     net, few = baselines.shen_net(inputs, classes), (dataset.train_inputs[:8], dataset.train_targets[:8])
     with FlopCounterMode(display=False) as counter:
         baselines.train_epoch(net, [few], torch.optim.SGD(net.parameters()))

@@ -37,6 +37,7 @@ class Line:
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     note: str = ""
+    limit: float | None = None  # what the same arithmetic at the speed of a large matrix product would reach
     error: float = 0.0  # standard error of the value; a target within two of it counts as reached
 
     @property

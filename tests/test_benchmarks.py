@@ -162,12 +162,15 @@ def test_same_takes_no_nan_and_no_more_than_it_allows():
 
 def test_the_table_is_markdown_with_a_cell_for_each_column():
     table = report.table(
-        [line([2.0, 3.0, 1.5], target=5, ours=[1.0] * 3, theirs=[2.0] * 3), line([80.0], target=90, unit="%")]
+        [
+            line([2.0, 3.0, 1.5], target=5, ours=[1.0] * 3, theirs=[2.0] * 3, limit=8.0),
+            line([80.0], target=90, unit="%"),
+        ]
     )
     first, dashes, *body = table.splitlines()
     assert len({len(row) for row in (first, dashes, *body)}) == 1
     assert all(row.count("|") == first.count("|") for row in body)
-    assert re.search(r"\| 2× +\| 1\.5× … 3× +\| ≥ 5× +\| no +\|$", body[0]) and "80 %" in body[1]
+    assert re.search(r"\| 2× +\| 1\.5× … 3× +\| ≥ 5× +\| no +\| 8× +\|$", body[0]) and "80 %" in body[1]
 
 
 # A fact about start-up, not a time
