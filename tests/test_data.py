@@ -1,7 +1,9 @@
 import gzip
+import io
 import os
 import socket
 import struct
+import urllib.request
 
 import numpy as np
 import pytest
@@ -263,7 +265,7 @@ def test_a_damaged_archive_is_named(tmp_path):
 def test_archives_added_by_hand_are_unpacked_without_a_network(tmp_path, monkeypatch):
     raw = write_idx_files(tmp_path, "FashionMNIST")
     pack(raw, monkeypatch)
-    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setitem(data._MIRRORS, "fashion_mnist", ["https://127.0.0.1:9/"])
     before = {file: (raw / file).read_bytes() for file in IDX_FILES}
     for file in IDX_FILES:
         (raw / file).unlink()
@@ -283,12 +285,42 @@ def test_a_failed_download_names_the_four_archives_and_their_folder(tmp_path, mo
 
 def test_a_download_that_breaks_off_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_answers", lambda mirrors, file, patience: True)
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setitem(data._MIRRORS, "mnist", ["https://127.0.0.1:9/"])
     before = socket.getdefaulttimeout()
     with pytest.raises(data.DataError, match="could not be downloaded"):
         data.download("mnist", tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert socket.getdefaulttimeout() == before
+
+
+class Reply(io.BytesIO):
+    length = None
+
+
+def test_archives_are_downloaded_verified_and_unpacked_and_torchvision_asks_nobody(tmp_path, monkeypatch):
+    raw = write_idx_files(tmp_path / "there", "FashionMNIST")
+    pack(raw, monkeypatch)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("torchvision asked a host"))
+    asked = []
+
+    def serve(url, **_):
+        asked.append(url)
+        return Reply((raw / url.rsplit("/", 1)[1]).read_bytes())
+
+    monkeypatch.setattr(data, "_open", serve)
+    data.download("fashion_mnist", tmp_path / "here")
+    assert data.resolve("fashion_mnist", tmp_path / "here") == ("fashion_mnist", "")
+    for file in IDX_FILES:
+        assert (tmp_path / "here/FashionMNIST/raw" / file).read_bytes() == (raw / file).read_bytes()
+    assert len(set(asked)) == 4
+
+
+def test_an_archive_with_another_checksum_is_refused_and_nothing_is_kept_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("torchvision asked a host"))
+    monkeypatch.setattr(data, "_open", lambda url, **_: Reply(gzip.compress(b"something else")))
+    with pytest.raises(data.DataError, match="MD5 is not"):
+        data.download("kmnist", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_auto_settles_for_digits_and_says_so(tmp_path, monkeypatch):
@@ -306,7 +338,7 @@ def test_auto_settles_for_digits_and_says_so(tmp_path, monkeypatch):
 def test_a_dead_mirror_does_not_stop_auto(tmp_path, monkeypatch, kind):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = 9 if kind == "refuses" else silent.getsockname()[1]
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
+        monkeypatch.setitem(data._MIRRORS, "mnist", [f"https://127.0.0.1:{port}/"])
         monkeypatch.setitem(data.download.__kwdefaults__, "patience", 1.0)
         assert data.resolve("auto", tmp_path)[0] == "digits"
 

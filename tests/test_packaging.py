@@ -47,7 +47,8 @@ def test_lower_bounds_only():
         assert [s.operator for s in requirement.specifier] == [">="], requirement
 
 
-def test_what_the_benchmarks_compare_with_has_its_reason_and_the_same_bounds():
+def test_what_only_a_cluster_or_the_benchmarks_need_has_its_reason_and_the_same_bounds():
     listed = re.findall(r"^#   - ([\w.-]+)(\S+)  # .+$", (ROOT / "environment.yml").read_text(), re.MULTILINE)
-    extra = [Requirement(r) for r in PROJECT["optional-dependencies"]["benchmark"]]
+    extras = PROJECT["optional-dependencies"]
+    extra = [Requirement(r) for r in extras["cluster"] + extras["benchmark"]]
     assert listed == [(r.name, str(r.specifier)) for r in extra]

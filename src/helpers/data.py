@@ -16,6 +16,7 @@ import time
 import urllib.request
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,13 @@ TRAIN_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "kmnist": 60_000, "digi
 
 # Mean and standard deviation of the training pixels in [0, 1]. MNIST's are the two numbers of the write-up.
 _NORMALISATION = {"mnist": (0.1307, 0.3081), "fashion_mnist": (0.2860, 0.3530), "kmnist": (0.1918, 0.3483)}
+
+# Its own mirrors are in part plain HTTP, and its downloader falls back to that: these are asked instead (see _fetch).
+_MIRRORS = {
+    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/"],
+    "fashion_mnist": ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
+    "kmnist": ["https://codh.rois.ac.jp/kmnist/dataset/kmnist/"],
+}
 
 # torchvision verifies the archives only; these are the unpacked files of the original MNIST.
 _MNIST_MD5 = {
@@ -177,7 +185,7 @@ def download(name: str, root: str | Path | None = None, *, patience: float = 8.0
     archives = [archive for archive, _ in cls.resources]
     by_hand = f"To add it by hand, put {', '.join(archives)} (or the same files unpacked) into {raw}"
     have_archives = all((raw / archive).exists() for archive in archives)
-    if not have_archives and not _answers(cls.mirrors, archives[0], patience):
+    if not have_archives and not _answers(_MIRRORS[name], archives[0], patience):
         raise DataError(f"{cls.__name__} is not in {raw}, and no mirror answered within {patience:g} s. {by_hand}.")
     timeout = socket.getdefaulttimeout()
     try:
@@ -185,10 +193,13 @@ def download(name: str, root: str | Path | None = None, *, patience: float = 8.0
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as incoming:
             new = Path(incoming) / cls.__name__ / "raw"
             new.mkdir(parents=True)
-            for archive in archives if have_archives else ():
-                shutil.copy2(raw / archive, new / archive)
-            socket.setdefaulttimeout(30.0)  # torchvision sets none: a mirror that stalls would hang for ever
-            cls(incoming, download=True)
+            socket.setdefaulttimeout(30.0)  # a mirror that stalls would hang for ever
+            for archive, md5 in cls.resources:
+                if have_archives and _md5(raw / archive) == md5:
+                    shutil.copy2(raw / archive, new / archive)
+                else:
+                    _fetch(_MIRRORS[name], archive, md5, new / archive)
+            cls(incoming, download=True)  # which unpacks them, and asks nobody: each is there with its checksum
             raw.mkdir(parents=True, exist_ok=True)
             for file in sorted(new.iterdir()):
                 os.replace(file, raw / file.name)
@@ -196,6 +207,30 @@ def download(name: str, root: str | Path | None = None, *, patience: float = 8.0
         raise DataError(f"{cls.__name__} could not be downloaded into {raw} ({error}). {by_hand}.") from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def files_of(name: str, root: str | Path | None = None) -> dict[str, bytes]:
+    """The files of a torchvision dataset that is here, packed, by name; none of one that scikit-learn has."""
+    if name not in _NORMALISATION:
+        return {}
+    raw = data_root(root) / _torchvision_class(name).__name__ / "raw"
+    names = [archive.removesuffix(".gz") for archive, _ in _torchvision_class(name).resources]
+    return {file: zlib.compress((raw / file).read_bytes(), 1) for file in names}
+
+
+def put_files(name: str, files: Mapping[str, bytes], root: str | Path | None = None) -> None:
+    """Put what ``files_of`` gave elsewhere where the dataset is missing; DataError where it cannot be written."""
+    raw = data_root(root) / _torchvision_class(name).__name__ / "raw"
+    if _verify(name, data_root(root)):
+        return
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=raw) as new:
+            for file, packed in files.items():
+                (Path(new) / file).write_bytes(zlib.decompress(packed))
+                os.replace(Path(new) / file, raw / file)
+    except OSError as error:
+        raise DataError(f"{name} cannot be written into {raw}: {error.strerror}; set $COMPANION_DATA") from error
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
@@ -210,8 +245,7 @@ def _answers(mirrors: list[str], file: str, patience: float) -> bool:
 
     def ask(mirror: str) -> None:
         try:
-            request = urllib.request.Request(mirror + file, method="HEAD", headers={"User-Agent": "companion"})
-            with urllib.request.urlopen(request, timeout=patience):
+            with _open(mirror + file, method="HEAD", timeout=patience):
                 replies.put(True)
         except (OSError, http.client.HTTPException):
             replies.put(False)
@@ -223,6 +257,46 @@ def _answers(mirrors: list[str], file: str, patience: float) -> bool:
         return any(replies.get(timeout=max(0.0, deadline - time.monotonic())) for _ in mirrors)
     except queue.Empty:
         return False
+
+
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect to what is not HTTPS."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        return super().redirect_request(req, fp, code, msg, headers, _https(newurl))
+
+
+def _https(url: str) -> str:
+    if not url.lower().startswith("https://"):
+        raise OSError(f"{url} is not HTTPS")
+    return url
+
+
+def _open(url: str, method: str = "GET", timeout: float = 30.0):
+    request = urllib.request.Request(_https(url), method=method, headers={"User-Agent": "companion"})
+    return urllib.request.build_opener(_OnlyHttps).open(request, timeout=timeout)
+
+
+def _fetch(mirrors: list[str], archive: str, md5: str, file: Path) -> None:
+    """Download an archive from the first mirror that has it whole; OSError where none has."""
+    from tqdm import tqdm
+
+    problems = []
+    for mirror in mirrors:
+        try:
+            with _open(mirror + archive) as reply, file.open("wb") as stream, tqdm(
+                total=reply.length, unit="B", unit_scale=True, desc=archive
+            ) as bar:  # fmt: skip
+                while chunk := reply.read(1 << 16):
+                    stream.write(chunk)
+                    bar.update(len(chunk))
+            if _md5(file) == md5:
+                return
+            problems.append(f"{mirror}{archive}: its MD5 is not {md5}")
+        except (OSError, http.client.HTTPException) as error:
+            problems.append(f"{mirror}{archive}: {error}")
+        file.unlink(missing_ok=True)
+    raise OSError("; ".join(problems))
 
 
 def _torchvision_class(name: str):

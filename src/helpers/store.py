@@ -1,26 +1,46 @@
 """Results on disk by content key: a tidy frame (Parquet), arrays where asked for (npz), settings and checksums (JSON).
 
 An entry is a folder that appears in one rename, so a reader sees all of it or nothing. Nothing is pickled. An entry
-whose checksum fails is named, set aside, and counts as absent.
+whose checksum fails is named, set aside, and counts as absent. Who computes an entry claims it first, so that two
+runners on one store share the work; a claim ends with its process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 PROJECT = Path(__file__).resolve().parents[2]
+FILES = ("frame.parquet", "arrays.npz")
+ABANDONED = 3600.0  # seconds without a change after which what a writer left unfinished counts as left behind
+
+
+class StoreError(OSError):
+    """A result that could not be written: the disk is full, or the folder may not be written; the rest is intact."""
+
+
+@dataclass(frozen=True)
+class Waste:
+    """Something in a store that may go: what it is, where, and its bytes."""
+
+    what: str
+    path: Path
+    bytes: int
 
 
 def key_of(content: Mapping[str, object]) -> str:
@@ -46,27 +66,76 @@ class Store:
     ) -> str:
         """Write an entry, in place of an older one of the same content; returns its key.
 
-        ``about`` (versions, device) is kept beside the content without being part of the key.
+        ``about`` (versions, device) is kept beside the content without being part of the key. Raises StoreError where
+        it cannot be written; what the store had is then as it was.
         """
         key = key_of(content)
         for name, array in (arrays or {}).items():
             if np.asarray(array).dtype.hasobject:
                 raise TypeError(f"array {name!r} holds Python objects; nothing is pickled, so only numbers are stored")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=self.folder) as new:
-            entry = Path(new) / key
-            entry.mkdir()
-            frame.to_parquet(entry / "frame.parquet", index=False)
-            if arrays:
-                np.savez(entry / "arrays.npz", **arrays)
-            sums = {file.name: _sha256(file) for file in sorted(entry.iterdir())}
-            record = {"content": content, "about": about or {}, "arrays": sorted(arrays or {}), "sha256": sums}
-            (entry / "entry.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-            with FileLock(self.folder / ".lock"):
-                if (self.folder / key).exists():
-                    os.rename(self.folder / key, Path(new) / "old")
-                os.rename(entry, self.folder / key)
+        record = {"content": content, "about": about or {}, "arrays": sorted(arrays or {})}
+        with _written(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=self.folder, ignore_cleanup_errors=True) as new:
+                self._write(Path(new), key, record, frame, arrays)
         return key
+
+    def _write(self, new: Path, key: str, record: dict, frame: pd.DataFrame, arrays: Mapping | None) -> None:
+        entry = new / key
+        entry.mkdir()
+        frame.to_parquet(entry / "frame.parquet", index=False)
+        if arrays:
+            np.savez(entry / "arrays.npz", **arrays)
+        record["sha256"] = {file.name: _sha256(file) for file in sorted(entry.iterdir())}
+        (entry / "entry.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        with FileLock(self.folder / ".lock"):
+            if (self.folder / key).exists():
+                os.rename(self.folder / key, new / "old")
+            os.rename(entry, self.folder / key)
+
+    def claim(self, key: str) -> FileLock | None:
+        """A held lock on computing the entry, or None while another process holds it; it ends with its process.
+
+        ``settle`` it once the entry has been put, and no file is left of it; else ``release`` it.
+        """
+        lock = FileLock(self._claim_file(key), thread_local=False)  # joblib takes in one thread what another releases
+        with _written(self.folder), contextlib.suppress(Timeout):
+            (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            return lock
+        return None
+
+    def settle(self, key: str, lock: FileLock) -> None:
+        """Release a claim, and remove its file: whoever waits at it looks for the entry first."""
+        self._claim_file(key).unlink(missing_ok=True)
+        lock.release()
+
+    def _claim_file(self, key: str) -> Path:
+        return self.folder / ".claims" / _name(key)
+
+    def all_keys(self) -> list[str]:
+        """The keys of all entries, whole or not."""
+        return sorted(e.name for e in self.folder.glob("[0-9a-f]*") if _KEY.fullmatch(e.name))
+
+    def waste(self, current: Mapping[str, object]) -> list[Waste]:
+        """What can go: results set aside as damaged, what killed writers left, and entries that nothing reads any more.
+
+        ``current``: what the content of an entry must say to be read, such as ``{"numerics": 2}``.
+        """
+        found = [("set aside as damaged", e) for e in self.folder.glob("damaged/*")]
+        left = [e for e in self.folder.glob(".new-*") if time.time() - _changed(e) > ABANDONED]
+        for file in self.folder.glob(".claims/*"):
+            lock = self.claim(file.name)
+            if lock is not None:
+                lock.release()
+                left.append(file)
+        found += [("left by a killed writer", e) for e in left]
+        for key in self.all_keys():
+            record = self._record(key)
+            content = record["content"].get("of", record["content"]) if record else {}
+            if any(name in content and content[name] != value for name, value in current.items()):
+                found.append(("of older numerics", self.folder / key))
+        return [Waste(what, path, size(path)) for what, path in found]
 
     def has(self, key: str, arrays: Iterable[str] = ()) -> bool:
         """Whether the entry is there, whole, with at least these arrays."""
@@ -91,14 +160,14 @@ class Store:
 
     def _record(self, key: str) -> dict | None:
         """The verified record of an entry, or None; a damaged entry is moved to ``damaged/`` with a warning."""
-        entry = self.folder / key
+        entry = self.folder / _name(key)
         if not entry.exists():
             return None
         try:
             return _verified(entry)
         except _DAMAGE:
             pass  # or replaced while it was read: under the lock it holds still
-        with FileLock(self.folder / ".lock"):
+        with _written(self.folder), FileLock(self.folder / ".lock"):
             if not entry.exists():
                 return None
             try:
@@ -111,18 +180,72 @@ class Store:
                 return None
 
 
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+@contextlib.contextmanager
+def _written(folder: Path):
+    """Says of a failure to write what it means, and the way out."""
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        reason = f"a result could not be written into {folder}: {error.strerror or error}"
+        way_out = "earlier results are intact; make room there, or name another folder in $COMPANION_STORE"
+        raise StoreError(f"{reason}; {way_out}") from error
+
+
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def _verified(entry: Path) -> dict:
     """The record of an entry, after its checksums and its key; raises one of ``_DAMAGE`` where they do not fit."""
+    for file in (entry, *entry.iterdir()):
+        if file.is_symlink() or (file != entry and not stat.S_ISREG(file.lstat().st_mode)):
+            raise ValueError(f"{file.name} is not a plain file")  # a device or a pipe would be read for ever
     record = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
     if key_of(record["content"]) != entry.name:
         raise ValueError("entry.json says another content than its key")
+    names = record["arrays"]
+    if not isinstance(names, list):
+        raise ValueError("entry.json lists no arrays")
+    wanted = FILES if names else FILES[:1]
+    if set(record["sha256"]) != set(wanted):
+        raise ValueError(f"entry.json names other files than {', '.join(wanted)}")
     for name, sha256 in record["sha256"].items():
         if _sha256(entry / name) != sha256:
             raise ValueError(f"{name} differs from its checksum")
+    if names:
+        with np.load(entry / "arrays.npz", allow_pickle=False) as file:
+            if sorted(file.files) != names:
+                raise ValueError("entry.json lists other arrays than arrays.npz holds")
     return record
+
+
+_KEY = re.compile("[0-9a-f]{24}")
+
+
+def _name(key: str) -> str:
+    """The key, once it is sure to be one: a name with a slash in it would lead out of the store."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is not a key; expected 24 hex digits, as key_of gives them")
+    return key
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; links are not followed."""
+    files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
+    return sum(file.lstat().st_size for file in files if not file.is_dir() or file.is_symlink())
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _changed(path: Path) -> float:
+    return max((file.lstat().st_mtime for file in [path, *path.rglob("*")]), default=0.0)
 
 
 def _sha256(file: Path) -> str:

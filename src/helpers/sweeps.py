@@ -1,7 +1,8 @@
 """A grid of settings × seeds → one tidy DataFrame. What the store has is not computed again.
 
 The unit of work is a job: a stack of seeds of one setting. A job computes with one thread, wherever it runs, so its
-result is the same to the bit whatever ``jobs`` is; joblib spreads jobs over the cores.
+result is the same to the bit whatever ``jobs`` is; joblib spreads jobs over the cores, or over the workers of the Dask
+scheduler whose address is in ``$COMPANION_CLUSTER``. The store has one writer: the process that calls.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numbers
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import joblib
@@ -21,9 +23,10 @@ import numpy as np
 import pandas as pd
 import threadpoolctl
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
-from helpers import data, geometry, gradients, landscape, models, noise
+from helpers import cluster, data, geometry, gradients, landscape, models, noise, processes
 from helpers.store import Store, key_of
 from helpers.training import NUMERICS, Schedule, Training, check_batch_size, check_lr, check_optimizer
 
@@ -47,6 +50,7 @@ PROTOCOLS = {
 }  # fmt: skip
 
 _TRIALS_PER_JOB = 10
+_LOOK_AGAIN = 0.5  # seconds between looks at what another process computes
 _WORTH_WORKERS = 8.0  # estimated seconds: below, starting processes takes longer than they save
 
 
@@ -192,31 +196,90 @@ class _Job:
     contents: list[dict[str, object]]
     label: str
     cost: float = 0.0  # a rough estimate, in seconds of one core
+    wanted: frozenset[str] = frozenset()  # arrays without which an entry does not count
+    torch_version: str = torch.__version__
+
+    @property
+    def keys(self) -> list[str]:
+        return [key_of(content) for content in self.contents]
+
+    @property
+    def of(self) -> dict[str, object]:
+        """The content of the training: a measure's content holds it."""
+        return self.contents[0].get("of", self.contents[0])
 
 
 def _execute(todo: list[_Job], jobs: int | None, store: Store) -> None:
-    """Run jobs, the longest first, each result into the store as it comes."""
+    """Run jobs, the longest first, each result into the store as it comes; what another process runs is awaited."""
     if not todo:
         return
-    on_cpu = data.pick_device().type == "cpu"
-    jobs = jobs or int(os.environ.get("COMPANION_JOBS", 0)) or (joblib.cpu_count() if on_cpu else 1)
+    address = os.environ.get("COMPANION_CLUSTER")
+    jobs = jobs or int(os.environ.get("COMPANION_JOBS", 0)) or (joblib.cpu_count() if _device_type() == "cpu" else 1)
     workers = min(len(todo), jobs) if sum(job.cost for job in todo) > _WORTH_WORKERS else 1
     todo = sorted(todo, key=lambda job: -job.cost)
-    about = {"torch": torch.__version__, "python": platform.python_version(), "device": str(data.pick_device())}
+    about = {"torch": torch.__version__, "python": platform.python_version(), "device": _device_type()}
     with (
         tqdm(total=len(todo), unit="job", file=sys.stdout, mininterval=1.0, ncols=110) as bar,
-        joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1) if workers > 1
+        cluster.backend(address, {job.of["dataset"] for job in todo}) if address
+        # Arguments go through pipes, not as pickled files (max_nbytes).
+        else joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1, max_nbytes=None) if workers > 1
         else joblib.parallel_config("sequential"),
     ):  # fmt: skip
-        call = joblib.Parallel(return_as="generator_unordered")
-        for number, results in call(joblib.delayed(_one)(i, job) for i, job in enumerate(todo)):
-            for content, (frame, arrays) in zip(todo[number].contents, results):
-                store.put(content, frame, arrays, about)
-            bar.set_postfix_str(todo[number].label, refresh=False)
-            bar.update()
+        while todo:
+            claims: dict[int, list[FileLock]] = {}
+            done = set()
+            # A cluster takes all there is, for workers may join; elsewhere a job is claimed shortly before it is run.
+            call = joblib.Parallel(return_as="generator_unordered", pre_dispatch="all" if address else "2*n_jobs")
+            calls = (joblib.delayed(_one)(i, todo[i], os.getpid()) for i in _claimed(todo, claims, store))
+            try:
+                for number, results in call(calls):
+                    for content, (frame, arrays) in zip(todo[number].contents, results):
+                        store.put(content, frame, arrays, about)
+                    for key, lock in zip(todo[number].keys, claims.pop(number)):
+                        store.settle(key, lock)
+                    done.add(number)
+                    bar.set_postfix_str(todo[number].label, refresh=False)
+                    bar.update()
+            finally:
+                for lock in itertools.chain(*claims.values()):
+                    lock.release()
+            left = [job for i, job in enumerate(todo) if i not in done and not _is_done(job, store)]
+            bar.update(len(todo) - len(done) - len(left))
+            todo = left
+            if todo:
+                time.sleep(_LOOK_AGAIN)
 
 
-def _one(number: int, job: _Job):
+def _claimed(todo: Sequence[_Job], claims: dict[int, list[FileLock]], store: Store) -> Iterator[int]:
+    """The numbers of the jobs that are neither done nor another process's, each claimed as it is asked for."""
+    for number, job in enumerate(todo):
+        locks = []
+        for key in job.keys:
+            lock = store.claim(key)
+            if lock is None:
+                break
+            locks.append(lock)
+        done = _is_done(job, store)  # meanwhile, by another process
+        if len(locks) == len(job.keys) and not done:
+            claims[number] = locks
+            yield number
+            continue
+        for key, lock in zip(job.keys, locks):
+            store.settle(key, lock) if done else lock.release()
+
+
+def _is_done(job: _Job, store: Store) -> bool:
+    return all(store.has(key, job.wanted) for key in job.keys)
+
+
+def _one(number: int, job: _Job, runner: int):
+    if os.getppid() == runner:  # a process of joblib's: killed with its runner, or it would compute on for nobody
+        processes.end_with_parent()
+    here = {"numerics": NUMERICS, "device": data.pick_device().type, "torch": torch.__version__}
+    expected = {**job.of, "torch": job.torch_version}
+    if any(expected[name] != value for name, value in here.items()):
+        there = {name: expected[name] for name in here}
+        raise RuntimeError(f"this worker has {here}, where the runner expects {there}; install the same on both")
     with _one_thread():
         return number, job.function(*job.arguments)
 
@@ -244,7 +307,7 @@ def _training_jobs(
         missing = [seed for seed in seeds if not store.has(_key(s, seed, seeds), wanted)]
         if missing and _stack_matters(s):
             missing = list(seeds)
-        size = 1 if _dataset(s).device.type == "cpu" and not _stack_matters(s) else len(seeds)
+        size = 1 if _device_type() == "cpu" and not _stack_matters(s) else len(seeds)
         for stack in (missing[i : i + size] for i in range(0, len(missing), size)):
             trunk = None
             if branch_at is not None and branch_at < s["epochs"]:
@@ -256,7 +319,8 @@ def _training_jobs(
             steps = s["steps"] or sum(s["num_train"] / _value(s["batch_size"], e) for e in range(start, s["epochs"]))
             epochs = s["steps"] * _value(s["batch_size"], 0) / s["num_train"] if s["steps"] else s["epochs"] - start
             cost = _seconds(s, steps, epochs * 2 * s["num_train"] * len(stack))
-            todo.append(_Job(_train, (s, stack, snapshots, branch_at, trunk), contents, label, cost))
+            arguments = (s, stack, snapshots, branch_at, trunk)
+            todo.append(_Job(_train, arguments, contents, label, cost, frozenset(wanted)))
     return todo
 
 
@@ -330,6 +394,12 @@ def _measure_seconds(s: Mapping, options: Mapping) -> float:
     return _seconds(s, steps, steps) + _seconds(s, 0, draw_size * len(sizes) * trials or s["num_train"])
 
 
+def _device_type() -> str:
+    """The kind of device that the jobs are run on."""
+    address = os.environ.get("COMPANION_CLUSTER")
+    return cluster.device_type(address) if address else data.pick_device().type
+
+
 def _dataset(s: Mapping) -> data.Dataset:
     return data.load(s["dataset"], num_train=s["num_train"], subset_seed=s["subset_seed"])
 
@@ -351,7 +421,7 @@ def _stack_matters(s: Mapping) -> bool:
     """Whether seeds are trained as one stack on a CPU, where the last bits depend on the stack's size."""
     dataset = _dataset(s)
     parameters, _ = _size(s["model"], dataset.input_shape, dataset.num_classes, s["norm"])
-    return dataset.device.type == "cpu" and parameters < models.BATCHED_BELOW
+    return _device_type() == "cpu" and parameters < models.BATCHED_BELOW
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
@@ -408,7 +478,7 @@ def _plain(s: Mapping) -> dict[str, object]:
 def _content(s: Mapping, seed: int, seeds: Sequence[int]) -> dict[str, object]:
     """What a result depends on: settings, seed, data, the kind of device, and the version of the numerics."""
     dataset = _dataset(s)
-    content = {**_plain(s), "seed": seed, "data": dataset.fingerprint, "device": dataset.device.type}
+    content = {**_plain(s), "seed": seed, "data": dataset.fingerprint, "device": _device_type()}
     return {**content, "numerics": NUMERICS, **({"stack": list(seeds)} if _stack_matters(s) else {})}
 
 
