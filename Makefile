@@ -14,8 +14,7 @@ test: .venv/.ready
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lab: .venv/.ready
-	@$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $$([ "$$(id -u)" = 0 ] && echo --allow-root) \
-		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+	@$(BIN)/companion lab -- $(ARGS)
 
 app: .venv/.ready
 	@$(BIN)/voila notebooks/10_live_lab.ipynb --Voila.ip=127.0.0.1 $(ARGS)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from helpers import claims, data, runs
+from helpers import claims, data, pages, runs
 
 NAMES = sorted(runs.notebooks())
 PROFILES = yaml.safe_load((runs.NOTEBOOKS / "profiles.yml").read_text())
@@ -90,7 +90,7 @@ def test_it_runs_headlessly_and_every_slider_works(name, tmp_path):
     nbformat.write(notebook, folder / f"{name}.ipynb")
     (folder / "profiles.yml").write_text((runs.NOTEBOOKS / "profiles.yml").read_text())
     assert runs.run("quick", folder=folder, out=out) == 0
-    figures = runs._figures(out, name)
+    figures = pages.figures(out, name)
     assert len(figures) == sum(c.source.count("plots.save(") for c in _code(name))
     assert all(f["title"] != f["name"] and f["caption"] for f in figures)
     assert all((out / "figures" / f"{f['name']}.svg").exists() for f in figures)

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from helpers import cli, data, runs
+from helpers import cli, data, pages, runs
 
 COMPANION = [sys.executable, "-c", "from helpers.cli import main; main()"]
 
@@ -149,7 +149,7 @@ def test_without_mnist_and_network_digits_stand_in_and_it_is_said_loudly(tmp_pat
     assert "MNIST IS NOT HERE" in (tmp_path / "out" / "index.html").read_text()
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["dataset"] == "digits"
-    figures = runs._figures(tmp_path / "out", "05_batch_size_switching")
+    figures = pages.figures(tmp_path / "out", "05_batch_size_switching")
     assert figures and all("not MNIST" in f["caption"] for f in figures)
 
 

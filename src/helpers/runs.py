@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
-import base64
 import contextlib
+import functools
 import html
 import importlib.metadata
 import json
+import logging
+import math
 import os
 import platform
 import re
@@ -21,8 +23,11 @@ from unittest import mock
 
 import yaml
 
+from helpers import pages, processes
+
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = PROJECT / "notebooks"
+OUTPUTS = PROJECT / "outputs"
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "papermill", "jupyterlab")
 
 
@@ -56,10 +61,18 @@ def notebooks(folder: Path = NOTEBOOKS) -> dict[str, Path]:
 
 
 def parameters_of(path: Path) -> dict[str, object]:
-    """A notebook's own parameters with their defaults, read from its parameters cell."""
+    """A notebook's own parameters with their defaults, read from its parameters cell. Raises BadInput without one."""
+    return dict(_parameters_of(path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of(path: Path, changed: int) -> dict[str, object]:
     from papermill import inspect_notebook
 
-    return {name: ast.literal_eval(p["default"]) for name, p in inspect_notebook(str(path)).items()}
+    try:
+        return {name: ast.literal_eval(p["default"]) for name, p in inspect_notebook(str(path)).items()}
+    except (ValueError, SyntaxError, KeyError, AttributeError) as error:
+        raise BadInput(f"{path.name}: its parameters cell cannot be read ({error}); it holds literals only") from None
 
 
 def plan(
@@ -79,10 +92,12 @@ def plan(
     for o in only:
         if not any(name == o or name.split("_")[0] == o for name in found):
             raise BadInput(f"unknown notebook {o!r}; choose from: {', '.join(found)}")
-    profiles = yaml.safe_load((folder / "profiles.yml").read_text(encoding="utf-8"))
+    profiles = _profiles(folder / "profiles.yml")
     if profile not in profiles or profile.startswith("on_"):
         raise BadInput(f"unknown profile {profile!r}; choose from: {', '.join(p for p in profiles if p[:3] != 'on_')}")
     planned, unused = [], set(given or {})
+    for name in sorted(unused & {"output_dir", "profile"}):
+        raise BadInput(f"{name} is set by --{'out' if name == 'output_dir' else name}, and not as a parameter")
     for name in chosen:
         own = parameters_of(found[name])
         values = dict(profiles[profile].get("every", {})) | profiles[profile].get(name, {})
@@ -102,8 +117,33 @@ def plan(
     return planned
 
 
+def _profiles(file: Path) -> dict[str, dict[str, dict[str, object]]]:
+    """The profiles file, once its form is sure. Raises BadInput."""
+    try:
+        profiles = _read_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file}: {' '.join(str(error).split())}") from None
+
+    def is_mapping(value: object) -> bool:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+    if not is_mapping(profiles) or not all(is_mapping(sections) for sections in profiles.values()):
+        raise BadInput(f"{file}: expected a mapping profile: {{notebook: {{parameter: value}}}}")
+    for profile, sections in profiles.items():
+        for name, values in sections.items():
+            if not is_mapping(values):
+                raise BadInput(f"{file}: {profile}: {name} is {values!r}; expected a mapping of parameters to values")
+    return profiles
+
+
 def _typed(notebook: str, name: str, value: object, default: object) -> object:
     """``value`` as the type of the notebook's default, or BadInput."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise BadInput(f"{notebook}: {name} is a number of more than 64 bits")
+    if isinstance(value, float) and not math.isfinite(value) and isinstance(default, float):
+        raise BadInput(f"{notebook}: {name} is {value}; expected a finite number" + " above 0" * _is_lr(name))
+    if isinstance(value, str) and value.encode("utf-8", "replace").decode() != value:
+        raise BadInput(f"{notebook}: {name} is {value!r}; expected text that UTF-8 can hold")
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(default, list) and isinstance(value, list):
@@ -132,14 +172,20 @@ def _check_values(notebook: str, values: Mapping[str, object]) -> None:
                     own = re.sub(r"batch_sizes?$", "draw_size" if name.startswith("walk_") else "num_train", name)
                     limit = values.get(own.removeprefix("walk_"), num_train)  # a walk splits a draw
                     training.check_batch_size(v, limit)
-                elif re.search(r"(^|_)lrs?($|_)", name):
+                elif _is_lr(name):
                     training.check_lr(v)
                 elif name in ("seeds", "epochs", "trials", "draw_size") and v < 1:
                     raise ValueError(f"{name} is {v}; expected at least 1")
+                elif name == "seed" and v < 0:
+                    raise ValueError(f"seed is {v}; expected 0 or more")
             if isinstance(value, list) and not value:
                 raise ValueError(f"{name} is empty; expected at least one value")
     except ValueError as error:
         raise BadInput(f"{notebook}: {error}") from None
+
+
+def _is_lr(name: str) -> bool:
+    return re.search(r"(^|_)lrs?($|_)", name) is not None
 
 
 def run(
@@ -149,6 +195,8 @@ def run(
     only: Sequence[str] = (),
     given: Mapping[str, object] | None = None,
     jobs: int | None = None,
+    cluster: str | None = None,
+    timeout: int | None = None,
     out: str | Path | None = None,
     folder: Path = NOTEBOOKS,
     say=print,
@@ -158,36 +206,22 @@ def run(
     Raises BadInput, with nothing written, for anything that cannot be run: see ``plan``; a damaged data file; a folder
     that holds files already or cannot be written.
     """
-    if dataset == "auto" and profile == "quick":
-        dataset = "digits"  # the tests' profile: it asks for no network
-    plan(profile, dataset, only=only, given=given, folder=folder)
-    if jobs is not None and jobs < 1:
-        raise BadInput(f"jobs is {jobs}; expected at least 1")
-    from helpers import data
-
-    try:
-        real, note = data.resolve(dataset)
-    except (data.DataError, ValueError) as error:
-        raise BadInput(str(error)) from None
-    planned = plan(profile, real, only=only, given=given, folder=folder)
-    out = _writable(
-        Path(out) if out else PROJECT / "outputs" / "runs" / f"{time.strftime('%Y-%m-%d_%H%M%S')}-{profile}"
+    real, note = resolve(
+        profile, dataset, lambda dataset: plan(profile, dataset, only=only, given=given, folder=folder)
     )
-    if jobs is not None:
-        os.environ["COMPANION_JOBS"] = str(jobs)
+    planned = plan(profile, real, only=only, given=given, folder=folder)
+    environment = environment_for(jobs, cluster, timeout)
+    out = writable(Path(out) if out else OUTPUTS / "runs" / f"{time.strftime('%Y-%m-%d_%H%M%S')}-{profile}")
     say(f"profile {profile} on {real}, {len(planned)} notebooks, into {out}")
     if note:
         say("\n".join(["", "!" * 100, note, "!" * 100, ""]))
-    about = {
-        "profile": profile, "dataset": real, "dataset_note": note, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        "python": platform.python_version(), "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-    }  # fmt: skip
+    about = {"profile": profile, "dataset": real, "dataset_note": note, **machine()}
     started = time.perf_counter()
     try:
         for number, item in enumerate(planned, 1):
             say(f"\n[{number}/{len(planned)}] {item.name}")
-            _execute(item, out)
+            with mock.patch.dict(os.environ, environment):
+                execute(item, out, timeout)
             say(f"{item.name}: {item.status}, {item.seconds:.0f} s" + (f": {item.error}" if item.error else ""))
     finally:
         about["seconds"] = round(time.perf_counter() - started, 1)
@@ -199,11 +233,56 @@ def run(
     return 0 if all(p.ok for p in planned) else 1
 
 
-def _writable(out: Path) -> Path:
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} holds files already; choose a new folder, or remove it")
+def resolve(profile: str, dataset: str, check=lambda dataset: None) -> tuple[str, str]:
+    """The dataset a run is of, and why where it is a stand-in; BadInput for files that are missing or damaged.
+
+    ``check`` is called before any file is looked for, which may take a download.
+    """
+    if dataset == "auto" and profile == "quick":
+        dataset = "digits"  # the tests' profile: it asks for no network
+    check(dataset)
+    from helpers import data
+
     try:
+        return data.resolve(dataset)
+    except (data.DataError, ValueError) as error:
+        raise BadInput(str(error)) from None
+
+
+def environment_for(jobs: int | None, cluster: str | None, timeout: int | None) -> dict[str, str]:
+    """The environment variables of a run's kernels; BadInput for what they cannot be, or a cluster that is not."""
+    for name, value in (("jobs", jobs), ("timeout", timeout)):
+        if value is not None and value < 1:
+            raise BadInput(f"{name} is {value}; expected at least 1")
+    environment = {"COMPANION_JOBS": str(jobs)} if jobs is not None else {}
+    if cluster is not None:
+        from helpers.cluster import ClusterError, device_type
+
+        try:
+            device_type(cluster)
+        except ClusterError as error:
+            raise BadInput(str(error)) from None
+        environment["COMPANION_CLUSTER"] = cluster
+    return environment
+
+
+def machine() -> dict[str, object]:
+    """When and on what: for a run's record."""
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores", "cores": os.cpu_count(),
+        "python": platform.python_version(), "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+    }  # fmt: skip
+
+
+def writable(out: Path) -> Path:
+    """The folder, made; BadInput where it holds files or cannot be written."""
+    out = out.absolute()
+    try:
+        if out.exists() and not out.is_dir():
+            raise BadInput(f"{out} is not a folder; choose another with --out")
+        if out.exists() and any(out.iterdir()):
+            raise BadInput(f"{out} holds files already; choose a new folder, or remove it")
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             return out
@@ -211,8 +290,11 @@ def _writable(out: Path) -> Path:
         raise BadInput(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
 
 
-def _execute(item: Planned, out: Path) -> None:
-    """Run one notebook; its progress streams through, its partial copy stays where it fails."""
+def execute(item: Planned, out: Path, timeout: int | None = None) -> None:
+    """Run one notebook into ``out``, as .ipynb and .html; its progress streams through, its partial copy stays.
+
+    ``timeout``: seconds that one cell may take. Only KeyboardInterrupt is raised: ``item`` says how it went.
+    """
     import nbformat
     import papermill
     from nbclient.output_widget import OutputWidget
@@ -225,29 +307,48 @@ def _execute(item: Planned, out: Path) -> None:
     quiet = mock.patch.object(OutputWidget, "sync_state", return_value=None)
     # A run that was started from a cell of JupyterLab: nobody watches its notebooks (see live.in_browser).
     unwatched = mock.patch.dict(os.environ)
+    item.status, item.error = "FAILED", ""
     try:
         with quiet, unwatched:
             os.environ.pop("JPY_SESSION_NAME", None)
             papermill.execute_notebook(
                 str(item.path), str(target), parameters, kernel_name="python3", cwd=str(out), progress_bar=False,
-                stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=ERROR"],
+                stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"],
+                execution_timeout=timeout,
             )  # fmt: skip
         item.status = "ok"
     except papermill.PapermillExecutionError as error:
-        item.status, item.error = "FAILED", f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
+        item.error = f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # which would go on about a kernel that we end
+        processes.end_children()
+        item.status = "stopped"
+        raise
     except Exception as error:  # a kernel that dies, a notebook that cannot be read: the others still run
-        item.status, item.error = "FAILED", f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        item.seconds = time.perf_counter() - started
-    if target.exists():
+        item.error = f"{type(error).__name__}: {error}".splitlines()[0]
+    item.seconds = time.perf_counter() - started
+    try:
         notebook = nbformat.read(target, as_version=4)
+        if not item.ok and not item.error.startswith("cell"):
+            item.error = f"cell {_stopped_at(notebook)}: {item.error}"
         problems = widget_errors(notebook)
         if problems and item.ok:
             item.status, item.error = "FAILED", f"in a widget: {problems[0]}"
         # A progress bar rewrites its line; only what it ended on is kept.
         notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
-        nbformat.write(notebook, target)
+        pages.write(target, nbformat.writes(notebook) + "\n")
+        pages.write(target.with_suffix(".html"), pages.as_html(target))
         item.title = _title(notebook) or item.name
+    except (OSError, ValueError) as error:  # none was written, or a full disk cut it off
+        item.error = item.error or f"{target.name} could not be written: {getattr(error, 'strerror', None) or error}"
+        item.status = "FAILED"
+
+
+def _stopped_at(notebook) -> int:
+    """The number, as its prompt would show it, of the cell during which a run ended without an error of its own."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    begun = [n for n, cell in enumerate(code, 1) if cell.metadata.get("papermill", {}).get("start_time")]
+    return begun[-1] if begun else 1
 
 
 def widget_errors(notebook) -> list[str]:
@@ -272,7 +373,7 @@ def _title(notebook) -> str:
 
 
 def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path:
-    """Write claims.csv, run.json, each notebook as HTML, and the index page."""
+    """Write claims.csv, run.json and the index page."""
     import pandas as pd
 
     from helpers import claims
@@ -280,7 +381,7 @@ def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path
     tables = [claims.read(f) for f in sorted((out / "claims").glob("*.csv"))]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     if len(table):
-        table.to_csv(out / "claims.csv", index=False)
+        pages.write(out / "claims.csv", table.to_csv(index=False))
     about["notebooks"] = [
         {
             "name": p.name, "status": p.status, "error": p.error, "seconds": round(p.seconds, 1),
@@ -288,60 +389,16 @@ def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path
         }
         for p in planned
     ]  # fmt: skip
-    (out / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    for p in planned:
-        if (out / f"{p.name}.ipynb").exists():
-            (out / f"{p.name}.html").write_text(_as_html(out / f"{p.name}.ipynb"), encoding="utf-8")
+    pages.write(out / "run.json", json.dumps(about, indent=1))
     verdicts = claims.summary(table).to_dict("records") if len(table) else []
     parts = claims.readable(table).to_dict("records") if len(table) else []
     for i, part in enumerate(parts):
         part["first"] = i == 0 or parts[i - 1]["claim"] != part["claim"]
-    page = out / "index.html"
-    page.write_text(_template().render(
-        run=about, claims=verdicts, parts=parts, provenance=json.dumps(about, indent=1),
+    return pages.write(out / "index.html", pages.render(
+        "index.html.j2", run=about, claims=verdicts, parts=parts, provenance=json.dumps(about, indent=1),
         counts={v: sum(c["verdict"] == v for c in verdicts) for v in claims.VERDICTS},
-        notebooks=[vars(p) | {"figures": _figures(out, p.name)} for p in planned],
-    ), encoding="utf-8")  # fmt: skip
-    return page
-
-
-def _template():
-    import jinja2
-
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (Path(__file__).parent / "index.html.j2").read_text(encoding="utf-8")
-    )
-
-
-def _figures(out: Path, notebook: str) -> list[dict[str, str]]:
-    from PIL import Image
-
-    figures = []
-    for file in sorted((out / "figures").glob(f"{notebook.split('_')[0]}_*.png"), key=lambda f: f.stat().st_mtime_ns):
-        with Image.open(file) as image:
-            text = image.info
-        encoded = base64.b64encode(file.read_bytes()).decode()
-        figures.append({"name": file.stem, "base64": encoded, "title": text.get("Title", file.stem),
-                        "caption": text.get("Description", "")})  # fmt: skip
-    return figures
-
-
-def _as_html(path: Path) -> str:
-    import jinja2
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    notebook = nbformat.read(path, as_version=4)
-    for output in (o for cell in notebook.cells for o in cell.get("outputs", ()) if "text/html" in o.get("data", {})):
-        output.data.pop("application/vnd.jupyter.widget-view+json", None)  # a page without scripts shows its text
-    # nbconvert's own page, less the scripts it would ask other hosts for: it opens without a network.
-    blocks = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets")
-    page = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {b} %}}{{% endblock %}}" for b in blocks)
-    exporter = HTMLExporter(
-        template_file="offline.html.j2", extra_loaders=[jinja2.DictLoader({"offline.html.j2": page})],
-        exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True,
-    )  # fmt: skip
-    return exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})[0]
+        notebooks=[vars(p) | {"figures": pages.figures(out, p.name)} for p in planned],
+    ))  # fmt: skip
 
 
 def _verdicts(out: Path, notebook: str) -> str:
@@ -378,12 +435,64 @@ def parse_given(pairs: Sequence[str]) -> dict[str, object]:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
             raise BadInput(f"-p {pair!r} is not name=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise BadInput(f"-p {pair!r}: {text!r} is not a value") from None
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)  # YAML reads 1e-3 as text
-        given[name] = value
+        if name in ("output_dir", "profile"):
+            raise BadInput(f"-p {pair!r}: {name} is set by --{'out' if name == 'output_dir' else name}")
+        given[name] = value_of(f"-p {pair!r}", text)
     return given
+
+
+def value_of(where: str, text: str) -> object:
+    """A value that was written as YAML. Raises BadInput."""
+    try:
+        return numbers(read_yaml(text))
+    except ValueError:
+        raise BadInput(f"{where}: {text!r} is not a value") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _read_yaml(text: str) -> object:
+    return read_yaml(text)
+
+
+def read_yaml(text: str) -> object:
+    """What YAML says. Raises ValueError for all that it cannot say, and for aliases.
+
+    A few lines of aliases stand for more values than there is memory, and for lists that hold themselves; reading
+    lists within lists takes the square of their depth.
+    """
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 50:
+                raise ValueError("an alias (*name); write its values out" if depth <= 50 else "lists within 50 lists")
+        value = yaml.safe_load(text)
+        repr(value)  # ValueError for a number of more digits than Python prints
+        return value
+    # A tag that does not fit its value ends in any of the others: !!int "", !!bool x, !!timestamp x.
+    except (yaml.YAMLError, RecursionError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
+        raise ValueError(f"{error}" if isinstance(error, yaml.YAMLError) else f"not YAML ({error!r})") from None
+
+
+def numbers(value: object) -> object:
+    """The value, with text such as ``1e-3``, which YAML does not take for a number, as one."""
+    if isinstance(value, list):
+        return [numbers(one) for one in value]
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def keep(frame, name: str, output_dir: str | Path) -> None:
+    """Write a notebook's tidy table as ``tables/<name>.parquet``; what Parquet has no type for becomes text."""
+    import io
+
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"table {name!r}; expected letters, digits, - and _, for it names a file")
+    plain = frame.reset_index(drop=True)
+    for column in plain.select_dtypes(object):
+        plain[column] = plain[column].map(str).where(plain[column].notna())
+    buffer = io.BytesIO()
+    plain.to_parquet(buffer, index=False)
+    pages.write(Path(output_dir) / "tables" / f"{name}.parquet", buffer.getvalue())
