@@ -43,7 +43,7 @@ def end_children(pid: int | None = None) -> None:
 
 @contextlib.contextmanager
 def interruptible():
-    """SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell has started this process with SIGINT ignored."""
+    """SIGINT and SIGTERM end all that was started and raise KeyboardInterrupt, also where a shell has SIGINT ignored."""
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -53,4 +53,5 @@ def interruptible():
 
 
 def _interrupt(number, frame):
+    end_children()  # now: asked politely, as nbclient would, a kernel that trains takes seconds
     raise KeyboardInterrupt

@@ -32,6 +32,8 @@ _SCALES = ("seeds", "epochs", "num_train", "trials")  # a notebook's time is abo
 # What reading a file raises that is not what was written here: cut off, edited, or of something else.
 _NOT_OURS = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
+_ENDED = "its process ended with"
+
 Grid = dict[str, list[object]]
 
 
@@ -317,7 +319,8 @@ def _run(points, out, environment, side_by_side, timeout, about, say) -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.end_children()
             for point in points:
-                point.status = "stopped" if point.status in ("waiting", "running") else point.status
+                if point.status in ("waiting", "running") or point.error.startswith(_ENDED):
+                    point.status, point.error = "stopped", ""
             finished = f"{sum(p.status == 'ok' for p in points)} of {len(points)} notebooks and every finished training"
             say(f"\nstopped: {finished} are kept. To go on:\ncompanion rerun --resume --out {shlex.quote(str(out))}")
             raise
@@ -349,7 +352,7 @@ def _run_point(point: Point, out: Path, environment: Mapping[str, str], timeout:
         if point.status == "running":
             point.status, point.error = (
                 "FAILED",
-                f"its process ended with {process.returncode}; see {folder / 'log.txt'}",
+                f"{_ENDED} {process.returncode}; see {folder / 'log.txt'}",
             )
     except OSError as error:
         point.status, point.error = "FAILED", f"{error.strerror or error}"
