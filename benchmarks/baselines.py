@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
+import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from helpers import data
+from helpers import data, processes
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 EVALUATION_BATCH = 1_000  # the test batch of PyTorch's own MNIST example
@@ -254,3 +261,43 @@ def gemm(size: int, repeats: int) -> Callable[[], float]:
         return out[0, 0].item()  # waits for the device
 
     return multiply
+
+
+@contextlib.contextmanager
+def dask_scheduler():
+    """A scheduler on this machine: its address, and a function that sees to so many workers of one thread each."""
+    import distributed
+
+    dask = str(Path(sys.executable).parent / "dask")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        workers: list[subprocess.Popen] = []
+
+        def start(*arguments: str) -> subprocess.Popen:
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen([dask, *arguments, "--no-dashboard"], **quiet)
+            stack.callback(end, process)
+            return process
+
+        def end(process: subprocess.Popen) -> None:
+            processes.end_children(process.pid)
+            process.kill()
+            process.wait()
+
+        def have(number: int) -> None:
+            while len(workers) > number:
+                end(workers.pop())
+            while len(workers) < number:
+                workers.append(
+                    start("worker", address, "--nworkers", "1", "--nthreads", "1", "--local-directory", folder)
+                )
+            with distributed.Client(address, set_as_default=False) as client:
+                while len(client.scheduler_info()["workers"]) != number:
+                    time.sleep(0.1)
+                client.run(importlib.import_module, "helpers.sweeps")
+
+        file = Path(folder) / "scheduler.json"
+        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
+        while not file.exists():
+            time.sleep(0.1)
+        address = json.loads(file.read_text())["address"]
+        yield address, have

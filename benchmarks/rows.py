@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import shutil
 import statistics
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import cloudpickle
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
 from benchmarks.timing import Line, Mismatch, Side, Skipped, compare, interleave, same
-from helpers import data, fits, gradients, memory, models, noise, sweeps
-from helpers.store import Store
+from helpers import cluster, data, fits, gradients, memory, models, noise, sweeps
+from helpers.store import Store, key_of
 from helpers.training import Training
 
 LR = 0.01  # the write-up's
@@ -384,6 +388,63 @@ def start(bench: Bench) -> list[Line]:
     return [*lines, Line("start", "companion --help", "half a second", times, 0.5, "s", False, times, note=checked)]
 
 
+def cluster_scaling(bench: Bench) -> list[Line]:
+    """A sweep on one and on two workers of a Dask scheduler; and what a job and its result cost the one writer."""
+    jobs, num_train = bench.pick((8, 3_000), (4, 100))
+    bench.images(num_train, 1)  # or Skipped
+    settings = {"dataset": bench.dataset, "num_train": num_train, "batch_size": 64, "lr": LR, "epochs": 2}
+    with baselines.dask_scheduler() as (address, start_worker):
+        environment = {"COMPANION_CLUSTER": address}
+
+        def on(workers: int) -> Side:
+            def prepare():
+                start_worker(workers)
+                cluster.connect(address).run(data.load, bench.dataset, num_train=num_train)  # which each does once
+                call = _sweep([settings], jobs)()
+
+                def run():
+                    with mock.patch.dict(os.environ, environment):
+                        return call()
+
+                return run
+
+            return prepare
+
+        def check(results: Mapping) -> str:
+            one, two = (results[f"{n} worker{'s' * (n > 1)}"].test_accuracy for n in (1, 2))
+            return same("test accuracies", one, two, within=0)
+
+        sides = {"1 worker": on(1), "2 workers": on(2)}
+        seconds, checked = interleave(f"cluster, {jobs} jobs", sides, bench.pairs, check)
+        cluster.connect(address).close()
+    one, two = seconds.values()
+    each = statistics.median(one) / jobs
+    writes, size = _cost_of_a_result(settings)
+    most = each / writes
+    note = f"{checked}; a job takes {each:.2g} s, its {size / 1e3:.0f} kB of results take the runner {1000 * writes:.1f} ms; "
+    note += (
+        f"so 100 workers would be at most {min(100, most):.0f} times as fast as one, and {most:.0f} of them would keep "
+    )
+    note += "the runner busy with results: more are of use to longer jobs alone"
+    ratios = [a / b for a, b in zip(one, two)]
+    return [Line("cluster", f"{jobs} jobs, 2 workers", "1 worker", ratios, 1.6, ours=two, theirs=one, note=note)]
+
+
+def _cost_of_a_result(settings: Mapping) -> tuple[float, int]:
+    """Seconds that the runner spends on a job's result beyond its training, and the result's bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        frame = sweeps.run([settings], 1, store=store).drop(columns="run")
+        packed, took = cloudpickle.dumps(frame), []
+        for k in range(20):
+            started = time.perf_counter()
+            claim = store.claim(key_of({"k": k}))
+            key = store.put({"k": k}, cloudpickle.loads(packed))
+            store.settle(key, claim)
+            took.append(time.perf_counter() - started)
+    return statistics.median(took), len(packed)
+
+
 def cost_growth(bench: Bench) -> list[Line]:
     """The exponents with which time grows, one fit to each round of interleaved sizes."""
     model, counts = bench.pick("shen_mlp", "small_mlp"), bench.pick((1, 2, 4, 8), (1, 2, 3))
@@ -423,5 +484,6 @@ def _one_hidden_layer(width: int) -> str:
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "blobs-sweep": blobs_sweep, "seeds": seeds,
-    "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cost-growth": cost_growth,
+    "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cluster": cluster_scaling,
+    "cost-growth": cost_growth,
 }  # fmt: skip

@@ -180,3 +180,12 @@ def test_help_does_not_import_torch():
     code = "import sys; from helpers.cli import main; main(['--help'], standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_the_readme_shows_the_committed_table_and_the_figure():
+    root = report.data.PROJECT
+    committed = (root / "outputs/reference/benchmarks/benchmarks.md").read_text(encoding="utf-8")
+    table = [one for one in committed.splitlines() if one.startswith("|")]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert len(table) > 20 and "\n".join(table) in readme
+    assert "(outputs/reference/benchmarks/sweep_seconds.png)" in readme

@@ -43,7 +43,7 @@ def end_children(pid: int | None = None) -> None:
 
 @contextlib.contextmanager
 def interruptible():
-    """SIGINT and SIGTERM end all that was started and raise KeyboardInterrupt, also where a shell has SIGINT ignored."""
+    """SIGINT and SIGTERM end all that was started, and raise KeyboardInterrupt: also where a shell ignores SIGINT."""
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
