@@ -421,7 +421,7 @@ def cluster_scaling(bench: Bench) -> list[Line]:
     each = statistics.median(one) / jobs
     writes, size = _cost_of_a_result(settings)
     most = each / writes
-    note = f"{checked}; a job takes {each:.2g} s, its {size / 1e3:.0f} kB of results take the runner {1000 * writes:.1f} ms; "
+    note = f"{checked}; a job takes {each:.2g} s, and its {size / 1e3:.0f} kB {1000 * writes:.1f} ms of the runner; "
     note += (
         f"so 100 workers would be at most {min(100, most):.0f} times as fast as one, and {most:.0f} of them would keep "
     )
