@@ -107,6 +107,50 @@ def test_trials_side_by_side_equal_trials_alone(monkeypatch):
             np.testing.assert_allclose(mine["gradient_norm"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("hidden", [[], [12], [12, 9], [12, 9, 7]])
+@pytest.mark.parametrize("held", [1, 5, 32])
+def test_the_lazy_walk_of_a_perceptron_equals_an_explicit_one_in_float64(hidden, held, monkeypatch):
+    monkeypatch.setattr(gradients, "_HELD", held)
+    torch.manual_seed(0)
+    net = models.MLP(1, (6,), 4, hidden).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x, y = torch.randn(50, 6).double(), torch.randint(4, (50,))
+    few = data.Dataset("few", x, y, x, y, 4, "")
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    sizes, lr, trial, seed = [1, 2, 3, 7, 16, 33, 40], 0.3, 5, 2
+    for names in (["head.weight"], list(before)):
+        rows = gradients._walk_lazily(trial, net, few, sizes, 40, lr, seed, names)
+        drawn = gradients.draw(50, 40, seed, trial)
+        for row, batch_size in zip(rows, sizes):
+            weights, total = one_replica(before), dict.fromkeys(before, 0.0)
+            for part in drawn.split(batch_size):
+                gradient = mlp_gradient(weights, x[part].numpy(), y[part].numpy())
+                total = {name: total[name] + len(part) / 40 * gradient[name] for name in total}
+                weights = {name: w - lr * gradient[name] for name, w in weights.items()}
+            expected = np.linalg.norm(total["head.weight"])
+            assert row["trial"] == trial and row["batch_size"] == batch_size
+            assert row["gradient_norm"] == pytest.approx(expected, rel=1e-11)
+            if len(names) > 2:
+                whole = np.sqrt(sum((g**2).sum() for g in total.values()))
+                assert row["network_gradient_norm"] == pytest.approx(whole, rel=1e-11)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_a_large_perceptron_walks_as_a_stack_of_small_ones_does(monkeypatch):
+    options = {"batch_sizes": [1, 3, 8, 64], "trials": [0, 1], "draw_size": 64, "lr": 0.05}
+    weights = weights_of("small_mlp")
+    for layers in ("last", "all"):
+        stacked = gradients.walk(data.load("digits"), "small_mlp", weights, layers=layers, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "BATCHED_BELOW", 0)
+            lazily = gradients.walk(data.load("digits"), "small_mlp", weights, layers=layers, **options)
+        ordered = stacked.sort_values(["trial", "batch_size"]).reset_index(drop=True)
+        assert list(lazily) == list(ordered) and lazily.trial.equals(ordered.trial)
+        for column in ordered.columns.drop(["batch_size", "trial", "tail_fraction"]):
+            np.testing.assert_allclose(lazily[column], ordered[column], rtol=1e-4, atol=1e-7)
+
+
 def test_measuring_leaves_the_weights_alone():
     given = {name: w.clone() for name, w in WEIGHTS.items()}
     for protocol in (gradients.walk, gradients.frozen):

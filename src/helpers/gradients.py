@@ -19,6 +19,8 @@ from helpers import data, models
 # |g| beyond which the write-up's histograms of single gradient entries differ most between sizes 2 and 1024.
 TAIL = 0.0082
 _STACK_BYTES = 4e6  # of weights walked side by side: more fall out of a CPU's cache and take longer, not less
+_HELD = 32  # examples whose gradients a lazy walk holds as factors: fewer make a slow product, more are read too often
+_GRAM_EXAMPLES = 4_096  # of a draw; from about there its inner products take longer than the layer they stand for
 
 
 def draw(num_examples: int, draw_size: int, seed: int, trial: int) -> torch.Tensor:
@@ -57,6 +59,13 @@ def walk(
     ``gradient_norm`` and ``tail_fraction`` (entries beyond ``TAIL``) of the last layer's weight.
     """
     recorded = _recorded(weights, layers)
+    for batch_size in batch_sizes:
+        check_split(batch_size, draw_size)
+    net = models.restored(model, dataset, weights)
+    large = dataset.device.type == "cpu" and net.multiply_adds >= models.BATCHED_BELOW
+    if net.closed_form and large and draw_size <= _GRAM_EXAMPLES:
+        options = (net, dataset, batch_sizes, draw_size, lr, seed, recorded)
+        return pd.DataFrame([row for trial in trials for row in _walk_lazily(trial, *options)])
     bytes_each = sum(w.numel() * w.element_size() for w in weights.values())
     side_by_side = len(trials) if dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // bytes_each))
     rows = []
@@ -69,11 +78,89 @@ def walk(
             total = {
                 name: torch.zeros_like(p) for name, p in net.named_parameters() if name in (*recorded, "head.bias")
             }
-            for minibatch in indices.split(check_split(batch_size, draw_size), dim=1):
+            for minibatch in indices.split(batch_size, dim=1):
                 inputs, targets = dataset.train_inputs[minibatch], dataset.train_targets[minibatch]
                 _step_and_add(net, inputs, targets, lr, total, share(minibatch.shape[1], draw_size))
             rows += _rows({name: total[name] for name in recorded}, batch_size, chunk)
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _walk_lazily(
+    trial: int,
+    net: models.MLP,
+    dataset: data.Dataset,
+    batch_sizes: Sequence[int],
+    draw_size: int,
+    lr: float,
+    seed: int,
+    recorded: Sequence[str],
+) -> list[dict[str, float]]:
+    """``walk`` of one trial, where an update is a product of factors that is put off until it is worth its while.
+
+    A step moves a layer with inputs a and output gradients δ by −lr/B·δᵀa. The first layer's weights are never moved:
+    its outputs at the start are one product for all sizes, and a step moves those of an example x by −lr/B·(x·a + 1)δ,
+    the inner products of inputs being known too. The others hold the factors of up to ``_HELD`` examples, correct what
+    they make of an example by them, and then add them at once. Weights that will be reset are not moved at all.
+    """
+    indices = draw(dataset.num_train, draw_size, seed, trial)
+    x = dataset.train_inputs[indices].flatten(1)
+    one_hot = torch.nn.functional.one_hot(dataset.train_targets[indices], dataset.num_classes).to(x.dtype)
+    names = [*(f"layers.{i}" for i in range(len(net.layers))), "head"]
+    layers = [(layer.weight[0], layer.bias[0]) for layer in (*net.layers, net.head)]
+    gram, at_start = (x @ x.T).add_(1), torch.nn.functional.linear(x, *layers[0])
+    rows = []
+    for size in batch_sizes:
+        held, alpha = max(1, _HELD // size) * size, -lr / size
+        outputs = at_start.clone()
+        deltas = [x.new_empty(held, len(bias)) for _, bias in layers]
+        # A layer's held inputs lie below its weights, so that one product makes both the outputs and the inner products
+        # of an input with them; the 1 is the bias's.
+        stacks = [torch.cat([weight, x.new_empty(held, weight.shape[1])]) for weight, _ in layers[1:]]
+        shifts = [torch.cat([bias, bias.new_ones(held)]) for _, bias in layers[1:]]
+        total = {name: torch.zeros_like(p) for name, p in net.named_parameters() if name in recorded}
+        for start in range(0, draw_size, held):
+            stop = min(start + held, draw_size)
+            for first in range(start, stop, size):
+                last = min(first + size, stop)
+                before, now = first - start, slice(first - start, last - start)
+                out, given = outputs[first:last], []
+                if before:
+                    out = torch.addmm(out, gram[first:last, start:first], deltas[0][:before], alpha=alpha)
+                for stack, shift, delta in zip(stacks, shifts, deltas[1:]):
+                    width = delta.shape[1]
+                    a = torch.clamp_min(out, 0, out=stack[width:][now])
+                    out = torch.addmm(shift[: width + before], a, stack[: width + before].t())
+                    if before:
+                        out = torch.addmm(out[:, :width], out[:, width:], delta[:before], alpha=alpha)
+                    given.append(a)
+                back = torch.sub(out.softmax(1), one_hot[first:last], out=deltas[-1][now])
+                if last == draw_size and recorded == ["head.weight"]:
+                    break
+                for i in reversed(range(len(stacks))):
+                    weight, a = stacks[i].split([deltas[i + 1].shape[1], held])
+                    by_input = back @ weight
+                    if before:
+                        by_input.addmm_(back @ deltas[i + 1][:before].t(), a[:before], alpha=alpha)
+                    back = torch.ops.aten.threshold_backward.grad_input(
+                        by_input, given[i], 0, grad_input=deltas[i][now]
+                    )
+            for i, (name, delta) in enumerate(zip(names, deltas)):
+                delta = delta[: stop - start]
+                a = x[start:stop] if i == 0 else stacks[i - 1][delta.shape[1] :][: stop - start]
+                if f"{name}.weight" in total:
+                    total[f"{name}.weight"][0].addmm_(delta.t(), a, alpha=1 / draw_size)
+                if f"{name}.bias" in total:
+                    total[f"{name}.bias"][0].add_(delta.sum(0), alpha=1 / draw_size)
+                if stop == draw_size:
+                    continue
+                if i == 0:
+                    outputs[stop:].addmm_(gram[stop:, start:stop], delta, alpha=alpha)
+                else:
+                    stacks[i - 1][: delta.shape[1]].addmm_(delta.t(), a, alpha=alpha)
+                    shifts[i - 1][: delta.shape[1]].add_(delta.sum(0), alpha=alpha)
+        rows += _rows(total, size, [trial])
+    return rows
 
 
 def _step_and_add(
