@@ -15,7 +15,7 @@ import pytest
 from helpers import cluster, reruns, runs, sweeps
 from helpers.store import Store
 
-pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 DASK = [str(Path(sys.executable).parent / "dask")]
 SETTINGS = sweeps.grid({"dataset": "digits", "model": "small_mlp", "epochs": 20, "lr": 0.1}, batch_size=[4, 5, 6, 7])
 
@@ -56,7 +56,7 @@ def start_worker(address, folder, threads=1):
 def workers(scheduler, tmp_path_factory, monkeypatch):
     """Two workers, which know nothing of this process's store and data."""
     started = [start_worker(scheduler, tmp_path_factory.mktemp(f"worker{i}")) for i in range(2)]
-    client = cluster.distributed.Client(scheduler, set_as_default=False)
+    client = distributed.Client(scheduler, set_as_default=False)
     client.wait_for_workers(2, timeout=60)
     client.close()
     monkeypatch.setenv("COMPANION_CLUSTER", scheduler)
@@ -65,7 +65,7 @@ def workers(scheduler, tmp_path_factory, monkeypatch):
         if process.poll() is None:
             _end(process)
     end = time.monotonic() + 30
-    with cluster.distributed.Client(scheduler, set_as_default=False) as client:
+    with distributed.Client(scheduler, set_as_default=False) as client:
         while client.scheduler_info()["workers"] and time.monotonic() < end:
             time.sleep(0.1)
     for cached in (cluster.connect, cluster.device_type, cluster._provide):
@@ -101,7 +101,7 @@ def test_a_worker_killed_in_the_middle_costs_no_result(workers, tmp_path, monkey
 
 def test_a_rerun_on_a_cluster_equals_the_serial_one(workers, scheduler, tmp_path, monkeypatch):
     def moves():
-        with cluster.distributed.Client(scheduler, set_as_default=False) as client:
+        with distributed.Client(scheduler, set_as_default=False) as client:
             return client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter)
 
     before = moves()

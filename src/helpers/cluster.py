@@ -12,11 +12,6 @@ from helpers import data
 
 PATIENCE = 10.0  # seconds within which the scheduler must answer, and a first worker be there
 
-try:
-    import distributed
-except ModuleNotFoundError:
-    distributed = None
-
 
 class ClusterError(RuntimeError):
     """A cluster that cannot be used; the message says what was found and the way out."""
@@ -25,8 +20,10 @@ class ClusterError(RuntimeError):
 @functools.cache
 def connect(address: str):
     """The client of a scheduler; raises ClusterError where none answers, or its workers cannot do our jobs."""
-    if distributed is None:
-        raise ClusterError("a cluster needs Dask: pip install -c constraints.txt -e '.[cluster]'")
+    try:
+        import distributed  # here: it takes as long as pandas, and only a cluster needs it
+    except ModuleNotFoundError:
+        raise ClusterError("a cluster needs Dask: pip install -c constraints.txt -e '.[cluster]'") from None
     if not re.fullmatch(r"((tcp|tls|ws|wss|ucx)://)?[^\s/]+:\d{1,5}", address):
         raise ClusterError(f"{address!r} is not a scheduler's address; expected tcp://host:8786 or the like")
     try:
@@ -80,6 +77,8 @@ def _provide(address: str, name: str) -> None:
 
 
 def _plugin(name: str, files: dict[str, bytes]):
+    import distributed
+
     class Provide(distributed.WorkerPlugin):
         def setup(self, worker) -> None:
             data.put_files(name, files)
