@@ -63,7 +63,8 @@ class Run:
         parts = [
             "SMOKE SIZES: these figures mean nothing." if self.bench.smoke else "",
             table(self.lines),
-            "Limit: what an engine would reach that did the same arithmetic at the speed of a large matrix product.",
+            "Limit: what an engine would reach that did the same arithmetic at the speed of a large matrix product; "
+            "of imports, what the packages take by themselves.",
             f"Medians over {self.bench.pairs} interleaved pairs, after one unmeasured of each. {about['cpu']}, "
             f"{about['cores']} cores, {about['threads']} threads, {about['device']}; load average before "
             f"{about['load_average']:.1f}; {versions}.",

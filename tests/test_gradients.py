@@ -1,6 +1,9 @@
+import dataclasses
+import functools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,8 +123,8 @@ def test_the_lazy_walk_of_a_perceptron_equals_an_explicit_one_in_float64(hidden,
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     sizes, lr, trial, seed = [1, 2, 3, 7, 16, 33, 40], 0.3, 5, 2
     for names in (["head.weight"], list(before)):
-        rows = gradients._walk_lazily(trial, net, few, sizes, 40, lr, seed, names)
         drawn = gradients.draw(50, 40, seed, trial)
+        rows = gradients._walk_lazily(trial, drawn, net, few, sizes, lr, names)
         for row, batch_size in zip(rows, sizes):
             weights, total = one_replica(before), dict.fromkeys(before, 0.0)
             for part in drawn.split(batch_size):
@@ -137,18 +140,36 @@ def test_the_lazy_walk_of_a_perceptron_equals_an_explicit_one_in_float64(hidden,
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
-def test_a_large_perceptron_walks_as_a_stack_of_small_ones_does(monkeypatch):
-    options = {"batch_sizes": [1, 3, 8, 64], "trials": [0, 1], "draw_size": 64, "lr": 0.05}
-    weights = weights_of("small_mlp")
-    for layers in ("last", "all"):
-        stacked = gradients.walk(data.load("digits"), "small_mlp", weights, layers=layers, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr(models, "BATCHED_BELOW", 0)
-            lazily = gradients.walk(data.load("digits"), "small_mlp", weights, layers=layers, **options)
-        ordered = stacked.sort_values(["trial", "batch_size"]).reset_index(drop=True)
-        assert list(lazily) == list(ordered) and lazily.trial.equals(ordered.trial)
-        for column in ordered.columns.drop(["batch_size", "trial", "tail_fraction"]):
-            np.testing.assert_allclose(lazily[column], ordered[column], rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize("hidden", [[], [50], [30, 20, 40]])
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_updates_that_are_put_off_come_to_those_made_at_once(hidden, layers, monkeypatch):
+    architecture = (lambda *a: models.MLP(*a, hidden=hidden)), models.MODELS["brownlee_mlp"][1]
+    monkeypatch.setitem(models.MODELS, "some_mlp", architecture)
+    monkeypatch.setattr(models, "restored", functools.partial(models.restored, dtype=torch.float64))
+    monkeypatch.setattr(models, "BATCHED_BELOW", 0)
+    dataset = dataclasses.replace(DIGITS, train_inputs=DIGITS.train_inputs.double(), fingerprint="")
+    sizes = [1, 2, 7, 10, 16, 31, 32, 33, 64, 89, 90]  # held in windows, and not; some leave a rest of the draw
+    options = {"batch_sizes": sizes, "trials": [0, 4], "draw_size": 90, "lr": 0.2, "layers": layers}
+    put_off = gradients.walk(dataset, "some_mlp", weights_of("some_mlp"), **options)
+    monkeypatch.setattr(gradients, "_GRAM_EXAMPLES", 0)
+    monkeypatch.setattr(gradients, "_walk_lazily", None)  # is not called
+    at_once = gradients.walk(dataset, "some_mlp", weights_of("some_mlp"), **options)
+    order = ["trial", "batch_size"]
+    pd.testing.assert_frame_equal(
+        put_off.sort_values(order, ignore_index=True), at_once.sort_values(order, ignore_index=True), rtol=1e-10
+    )
+
+
+def test_updates_put_off_in_float32_come_to_those_made_at_once(monkeypatch):
+    architecture = (lambda *a: models.MLP(*a, hidden=[300, 256])), models.MODELS["brownlee_mlp"][1]
+    monkeypatch.setitem(models.MODELS, "wide_mlp", architecture)  # so wide that oneDNN multiplies
+    options = {"batch_sizes": [1, 3, 7, 16, 48], "trials": [0], "draw_size": 48, "lr": 0.1, "layers": "all"}
+    put_off = gradients.walk(DIGITS, "wide_mlp", weights_of("wide_mlp"), **options)
+    monkeypatch.setattr(gradients, "_GRAM_EXAMPLES", 0)
+    at_once = gradients.walk(DIGITS, "wide_mlp", weights_of("wide_mlp"), **options)
+    # Rounding may take a unit across 0, after which its gradient is another one.
+    norms = [name for name in at_once if "gradient_norm" in name]
+    np.testing.assert_allclose(put_off[norms], at_once[norms], rtol=2e-3)
 
 
 def test_measuring_leaves_the_weights_alone():

@@ -29,6 +29,21 @@ def random_inputs(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rows", "given", "out"), [(1, 300, 400), (2, 5, 400), (3, 5, 400), (40, 300, 257), (9, 7, 3), (1024, 40, 784)]
+)
+def test_a_product_is_the_sum_of_products_whoever_multiplies(rows, given, out, dtype):
+    x, weight, bias = random_inputs(rows, given), random_inputs(out, given) + 1, random_inputs(out)
+    expected = x.double().numpy() @ weight.double().numpy().T
+    x, weight, bias = (t.to(dtype) for t in (x, weight, bias))
+    for a, w in ((x, weight), (x.t().contiguous().t(), weight.t().contiguous().t())):  # by rows, by columns
+        found = models.product(a, w)
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(models.product(a, w, bias), expected + bias.double().numpy(), rtol=1e-5, atol=1e-4)
+
+
 def test_shens_network_starts_at_radius_44_whatever_the_seed():
     expected = math.sqrt(sum(2 * i * o / (i + o) for i, o in ((784, 1024), (1024, 1024), (1024, 10))))
     assert expected == pytest.approx(43.95, abs=0.01)

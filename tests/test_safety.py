@@ -483,8 +483,9 @@ def test_companion_lab_listens_on_this_machine_alone_behind_a_token_and_ends_on_
 
 def test_make_lab_is_the_command():
     makefile = (runs.PROJECT / "Makefile").read_text(encoding="utf-8")
-    shown = subprocess.run(["make", "-n", "lab", "ARGS=--no-browser --port=8899"], cwd=runs.PROJECT, text=True,
-                           capture_output=True, check=True)  # fmt: skip
+    arguments = ["make", "-n", "--no-print-directory", "lab", "ARGS=--no-browser --port=8899"]
+    own = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # not of a make that runs the tests
+    shown = subprocess.run(arguments, cwd=runs.PROJECT, text=True, capture_output=True, check=True, env=own)
     assert shown.stdout.strip().splitlines()[-1] == ".venv/bin/companion lab -- --no-browser --port=8899"
     assert "jupyter lab" not in makefile
 

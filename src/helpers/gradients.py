@@ -20,7 +20,7 @@ from helpers import data, models
 TAIL = 0.0082
 _STACK_BYTES = 4e6  # of weights walked side by side: more fall out of a CPU's cache and take longer, not less
 _HELD = 32  # examples whose gradients a lazy walk holds as factors: fewer make a slow product, more are read too often
-_GRAM_EXAMPLES = 4_096  # of a draw; from about there its inner products take longer than the layer they stand for
+_GRAM_EXAMPLES = 4_096  # of a draw: with more, their inner products cost more than MNIST's 784 weights a unit
 
 
 def draw(num_examples: int, draw_size: int, seed: int, trial: int) -> torch.Tensor:
@@ -64,8 +64,10 @@ def walk(
     net = models.restored(model, dataset, weights)
     large = dataset.device.type == "cpu" and net.multiply_adds >= models.BATCHED_BELOW
     if net.closed_form and large and draw_size <= _GRAM_EXAMPLES:
-        options = (net, dataset, batch_sizes, draw_size, lr, seed, recorded)
-        return pd.DataFrame([row for trial in trials for row in _walk_lazily(trial, *options)])
+        draws = ((trial, draw(dataset.num_train, draw_size, seed, trial)) for trial in trials)
+        return pd.DataFrame(
+            [row for one in draws for row in _walk_lazily(*one, net, dataset, batch_sizes, lr, recorded)]
+        )
     bytes_each = sum(w.numel() * w.element_size() for w in weights.values())
     side_by_side = len(trials) if dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // bytes_each))
     rows = []
@@ -85,81 +87,95 @@ def walk(
     return pd.DataFrame(rows)
 
 
+class _Held:
+    """A linear layer that holds its last updates as factors, inputs and output gradients δ of up to ``held`` examples.
+
+    The inputs lie below the weights, so that one product makes both an input's outputs and its inner products with
+    them; a 1 in ``shift``, below the biases, stands for the bias's own.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, held: int):
+        self.width, self.delta = len(bias), bias.new_empty(held, len(bias))
+        self.stack = torch.cat([weight, weight.new_zeros(held, weight.shape[1])])
+        self.shift = torch.cat([bias, bias.new_ones(held)])
+        self.weight, self.given = self.stack[: self.width], self.stack[self.width :]
+
+    def forward(self, before: int, a: torch.Tensor, alpha: float) -> torch.Tensor:
+        """Outputs of the inputs ``a``, of which each held update, the first ``before``, has ``alpha`` times its own."""
+        if not before:
+            return models.product(a, self.weight, self.shift[: self.width])
+        # With all held rows, filled or not: oneDNN makes a kernel for each new shape.
+        out, held = models.product(a, self.stack, self.shift).split_with_sizes([self.width, len(self.delta)], 1)
+        return torch.addmm(out, held[:, :before], self.delta[:before], alpha=alpha)
+
+    def backward(self, before: int, delta: torch.Tensor, alpha: float) -> torch.Tensor:
+        """The gradient by the inputs, of the same weights."""
+        by_input = models.product(delta, self.weight.t())
+        if before:
+            by_input.addmm_(delta @ self.delta[:before].t(), self.given[:before], alpha=alpha)
+        return by_input
+
+    def add(self, weight: torch.Tensor, bias: torch.Tensor, count: int, alpha: float) -> None:
+        """Add ``alpha`` times the first ``count`` examples' gradients to tensors of the weight's and bias's shape."""
+        weight.add_(models.product(self.delta[:count].t(), self.given[:count].t()), alpha=alpha)
+        bias.add_(self.delta[:count].sum(0), alpha=alpha)
+
+
 @torch.no_grad()
 def _walk_lazily(
     trial: int,
+    indices: torch.Tensor,
     net: models.MLP,
     dataset: data.Dataset,
     batch_sizes: Sequence[int],
-    draw_size: int,
     lr: float,
-    seed: int,
     recorded: Sequence[str],
 ) -> list[dict[str, float]]:
-    """``walk`` of one trial, where an update is a product of factors that is put off until it is worth its while.
+    """``walk`` of the one trial that drew ``indices``, where updates are put off until many of them are one product.
 
     A step moves a layer with inputs a and output gradients δ by −lr/B·δᵀa. The first layer's weights are never moved:
     its outputs at the start are one product for all sizes, and a step moves those of an example x by −lr/B·(x·a + 1)δ,
-    the inner products of inputs being known too. The others hold the factors of up to ``_HELD`` examples, correct what
-    they make of an example by them, and then add them at once. Weights that will be reset are not moved at all.
+    the inner products of inputs being known too. The others hold their updates (``_Held``). Weights that will be reset
+    are not moved at all.
     """
-    indices = draw(dataset.num_train, draw_size, seed, trial)
-    x = dataset.train_inputs[indices].flatten(1)
+    count, x = len(indices), dataset.train_inputs[indices].flatten(1)
     one_hot = torch.nn.functional.one_hot(dataset.train_targets[indices], dataset.num_classes).to(x.dtype)
+    first, *others = [(layer.weight[0], layer.bias[0]) for layer in (*net.layers, net.head)]
     names = [*(f"layers.{i}" for i in range(len(net.layers))), "head"]
-    layers = [(layer.weight[0], layer.bias[0]) for layer in (*net.layers, net.head)]
-    gram, at_start = (x @ x.T).add_(1), torch.nn.functional.linear(x, *layers[0])
+    gram, at_start = models.product(x, x).add_(1), models.product(x, *first)
     rows = []
     for size in batch_sizes:
-        held, alpha = max(1, _HELD // size) * size, -lr / size
-        outputs = at_start.clone()
-        deltas = [x.new_empty(held, len(bias)) for _, bias in layers]
-        # A layer's held inputs lie below its weights, so that one product makes both the outputs and the inner products
-        # of an input with them; the 1 is the bias's.
-        stacks = [torch.cat([weight, x.new_empty(held, weight.shape[1])]) for weight, _ in layers[1:]]
-        shifts = [torch.cat([bias, bias.new_ones(held)]) for _, bias in layers[1:]]
-        total = {name: torch.zeros_like(p) for name, p in net.named_parameters() if name in recorded}
-        for start in range(0, draw_size, held):
-            stop = min(start + held, draw_size)
-            for first in range(start, stop, size):
-                last = min(first + size, stop)
-                before, now = first - start, slice(first - start, last - start)
-                out, given = outputs[first:last], []
-                if before:
-                    out = torch.addmm(out, gram[first:last, start:first], deltas[0][:before], alpha=alpha)
-                for stack, shift, delta in zip(stacks, shifts, deltas[1:]):
-                    width = delta.shape[1]
-                    a = torch.clamp_min(out, 0, out=stack[width:][now])
-                    out = torch.addmm(shift[: width + before], a, stack[: width + before].t())
-                    if before:
-                        out = torch.addmm(out[:, :width], out[:, width:], delta[:before], alpha=alpha)
-                    given.append(a)
-                back = torch.sub(out.softmax(1), one_hot[first:last], out=deltas[-1][now])
-                if last == draw_size and recorded == ["head.weight"]:
-                    break
-                for i in reversed(range(len(stacks))):
-                    weight, a = stacks[i].split([deltas[i + 1].shape[1], held])
-                    by_input = back @ weight
-                    if before:
-                        by_input.addmm_(back @ deltas[i + 1][:before].t(), a[:before], alpha=alpha)
-                    back = torch.ops.aten.threshold_backward.grad_input(
-                        by_input, given[i], 0, grad_input=deltas[i][now]
-                    )
-            for i, (name, delta) in enumerate(zip(names, deltas)):
-                delta = delta[: stop - start]
-                a = x[start:stop] if i == 0 else stacks[i - 1][delta.shape[1] :][: stop - start]
-                if f"{name}.weight" in total:
-                    total[f"{name}.weight"][0].addmm_(delta.t(), a, alpha=1 / draw_size)
-                if f"{name}.bias" in total:
-                    total[f"{name}.bias"][0].add_(delta.sum(0), alpha=1 / draw_size)
-                if stop == draw_size:
-                    continue
-                if i == 0:
-                    outputs[stop:].addmm_(gram[stop:, start:stop], delta, alpha=alpha)
-                else:
-                    stacks[i - 1][: delta.shape[1]].addmm_(delta.t(), a, alpha=alpha)
-                    shifts[i - 1][: delta.shape[1]].add_(delta.sum(0), alpha=alpha)
-        rows += _rows(total, size, [trial])
+        held, alpha, outputs = max(1, _HELD // size) * size, -lr / size, at_start.clone()
+        layers, delta = [_Held(*one, held) for one in others], x.new_empty(count, len(first[1]))
+        total = {n: torch.zeros_like(p) for n, p in net.named_parameters() if n in (*recorded, "head.bias")}
+        for begin, start in ((start - start % held, start) for start in range(0, count, size)):
+            stop, before = min(start + size, count), start - begin
+            now, activations = slice(before, before + stop - start), []
+            out = outputs[start:stop].addmm_(gram[start:stop, begin:start], delta[begin:start], alpha=alpha)
+            for layer in layers:
+                activations.append(torch.clamp_min(out, 0, out=layer.given[now]))
+                out = layer.forward(before, activations[-1], alpha)
+            deltas = [delta[start:stop], *(layer.delta[now] for layer in layers)]
+            back = torch.sub(out.softmax(1), one_hot[start:stop], out=deltas.pop())
+            if stop == count and len(recorded) == 1:
+                deltas.clear()  # only the head's gradient is asked for, and nothing will move
+            while deltas:
+                by_input = layers[len(deltas) - 1].backward(before, back, alpha)
+                back = torch.ops.aten.threshold_backward.grad_input(
+                    by_input, activations[len(deltas) - 1], 0, grad_input=deltas.pop()
+                )
+            if stop - begin < held and stop < count:
+                continue
+            for name, layer in zip(names[1:], layers):
+                if f"{name}.weight" in recorded:
+                    layer.add(total[f"{name}.weight"][0], total[f"{name}.bias"][0], stop - begin, 1 / count)
+                if stop < count:
+                    layer.add(layer.weight, layer.shift[: layer.width], stop - begin, alpha)
+            outputs[stop:].addmm_(gram[stop:, begin:stop], delta[begin:stop], alpha=alpha)
+        if f"{names[0]}.weight" in recorded:
+            total[f"{names[0]}.weight"][0].addmm_(delta.t(), x, alpha=1 / count)
+            total[f"{names[0]}.bias"][0].add_(delta.sum(0), alpha=1 / count)
+        rows += _rows({name: total[name] for name in recorded}, size, [trial])
     return rows
 
 

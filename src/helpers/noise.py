@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from helpers import data, models
 
-_CHUNK = 500  # examples a pass over a population, so that memory is flat in their number
+_CHUNK = 1_000  # examples a pass over a population, so that memory is flat in their number
 _GRADIENT_BYTES = 2**26  # of the gradients that `torch.func` holds at a time, example by example
 _GRAM_BYTES = 2**29  # of a Gram matrix, beyond which minibatches are taken one by one: some 8,000 examples
 
@@ -72,12 +72,13 @@ class Noise:
 
 def exact(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor) -> Noise:
     """tr Σ and |G|² over a population, from each of its examples' gradients; sums in float64, memory flat in N."""
-    squares, loss, gradient = [], 0.0, [0.0] * len(list(net.parameters()))
+    squares, loss, gradient = [], 0.0, [torch.zeros(p.shape, dtype=torch.float64) for p in net.parameters()]
     for x, y in zip(inputs.split(_CHUNK), targets.split(_CHUNK)):
         norms, mean, losses = _examples(net, x, y)
         share = len(y) / len(targets)
         squares, loss = [*squares, norms], loss + losses * share
-        gradient = [total + g.cpu().double() * share for total, g in zip(gradient, mean)]
+        for total, g in zip(gradient, mean):
+            total.add_(g.cpu(), alpha=share)  # converted as it is added, entry by entry
     squared_gradient, norms = sum(g.flatten(1).square().sum(1) for g in gradient), torch.cat(squares, dim=1)
     return Noise(norms.mean(1) - squared_gradient, squared_gradient, loss, gradient, norms)
 
@@ -247,8 +248,8 @@ def _by_factors(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor):
     losses, factors = net.backpropagate(inputs.expand(net.replicas, *inputs.shape), targets.expand(net.replicas, -1))
     for name, layer, delta, a in factors:
         layer.add_gradient(mean[f"{name}.weight"], mean[f"{name}.bias"], delta, a, alpha=1.0)
-        delta = delta * n  # of each example's own loss, not of the mean
-        norms += ((a.square().sum(2) + 1) * delta.square().sum(2)).cpu().double()
+        of_a, of_delta = (torch.linalg.vector_norm(t, dim=2).cpu().double() for t in (a, delta))
+        norms += (of_a.square() + 1) * (of_delta * n).square()  # of each example's own loss, not of the mean
     return norms, list(mean.values()), losses.cpu().double()
 
 

@@ -22,7 +22,7 @@ import torch
 from helpers import data, memory, models
 
 # Raise this when a change alters results: what the store holds under an older number is computed again.
-NUMERICS = 3
+NUMERICS = 4
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
