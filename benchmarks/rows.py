@@ -448,7 +448,8 @@ def cluster_scaling(bench: Bench) -> list[Line]:
         def on(workers: int) -> Side:
             def prepare():
                 start_worker(workers)
-                cluster.connect(address).run(data.load, bench.dataset, num_train=num_train)  # which each does once
+                # What each worker does once: import the package, read the data.
+                cluster.connect(address).run(sweeps._dataset, {**sweeps.DEFAULTS, **settings})
                 call = _sweep([settings], jobs)()
 
                 def run():

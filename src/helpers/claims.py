@@ -19,6 +19,10 @@ from scipy import stats
 
 VERDICTS = REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 MIN_SEEDS = 3
+COLUMNS = (
+    "claim", "statement", "source", "notebook", "part", "measured", "published", "known", "ours", "low", "high", "n",
+    "rule", "above", "below", "exact", "verdict", "why", "counts",
+)  # fmt: skip
 
 # What the write-ups trained. A difference in scale leaves the parts that quote no figure; any other leaves none.
 _SCALE = {
@@ -71,7 +75,7 @@ def _near(measured: str, published: float, margin: float, known: str) -> Part:
     return Part(measured, published - margin, published + margin, f"{published:g}", known, exact=True)
 
 
-_ACCURACY, _POINTS = "test accuracy, %", "points of test accuracy"
+ACCURACY, _POINTS = "test accuracy, %", "points of test accuracy"
 _MARGIN = 0.3  # points: a published figure is read off a plot to ±0.1, and one run's seed moves it by about as much
 
 CLAIMS: dict[str, Claim] = {
@@ -101,9 +105,9 @@ CLAIMS: dict[str, Claim] = {
         {
             "64 − 256": Part(_POINTS, 0.0, math.inf, "97.9 − 97.2", "read off"),
             "256 − 1024": Part(_POINTS, 0.0, math.inf, "97.2 − 95.2", "read off"),
-            "64": _near(_ACCURACY, 97.9, _MARGIN, "read off"),
-            "256": _near(_ACCURACY, 97.2, _MARGIN, "read off"),
-            "1024": _near(_ACCURACY, 95.2, _MARGIN, "read off"),
+            "64": _near(ACCURACY, 97.9, _MARGIN, "read off"),
+            "256": _near(ACCURACY, 97.2, _MARGIN, "read off"),
+            "1024": _near(ACCURACY, 95.2, _MARGIN, "read off"),
         },
     ),
     "sweep-gap": Claim(
@@ -122,7 +126,7 @@ CLAIMS: dict[str, Claim] = {
         {
             "gain of × 10": Part(_POINTS, 0.0, math.inf, "97.8 − 95.2", "read off"),
             "64 − (1024 at × 10)": Part(_POINTS, -_MARGIN, _MARGIN, "97.9 − 97.8", "read off", exact=True),
-            "1024 at × 10": _near(_ACCURACY, 97.8, _MARGIN, "read off"),
+            "1024 at × 10": _near(ACCURACY, 97.8, _MARGIN, "read off"),
         },
     ),
     "equal-steps": Claim(
@@ -225,9 +229,9 @@ CLAIMS: dict[str, Claim] = {
         {
             "to batch 64, gain over control": Part(_POINTS, 0.0, math.inf, "98.0 − 96.3", "read off"),
             "to lr × 10, gain over control": Part(_POINTS, 0.0, math.inf, "97.9 − 96.3", "read off"),
-            "to batch 64": _near(_ACCURACY, 98.0, _MARGIN, "read off"),
-            "to lr × 10": _near(_ACCURACY, 97.9, _MARGIN, "read off"),
-            "control": _near(_ACCURACY, 96.3, _MARGIN, "read off"),
+            "to batch 64": _near(ACCURACY, 98.0, _MARGIN, "read off"),
+            "to lr × 10": _near(ACCURACY, 97.9, _MARGIN, "read off"),
+            "control": _near(ACCURACY, 96.3, _MARGIN, "read off"),
         },
     ),
     "early-switch": Claim(
@@ -235,7 +239,7 @@ CLAIMS: dict[str, Claim] = {
         "Shen 2018", "shen",
         {
             "early − late": Part(_POINTS, -_MARGIN, _MARGIN, "98.1 − 98.0", "read off"),
-            "early": _near(_ACCURACY, 98.1, _MARGIN, "read off"),
+            "early": _near(ACCURACY, 98.1, _MARGIN, "read off"),
         },
     ),
     "rules": Claim(
@@ -402,8 +406,8 @@ class Ledger:
                 "claim": claim_id, "statement": claim.statement, "source": claim.source, "notebook": self.notebook,
                 "part": name, "measured": part.measured, "published": part.published, "known": part.known,
                 "ours": mean, "low": low, "high": high, "n": len(values),
-                "rule": part.rule, "verdict": verdict, "why": why,
-                "counts": not part.exact or not self._differs(claim, in_scale=True),
+                "rule": part.rule, "above": part.low, "below": part.high, "exact": part.exact,
+                "verdict": verdict, "why": why, "counts": not part.exact or not self._differs(claim, in_scale=True),
             })  # fmt: skip
 
     def _differs(self, claim: Claim, *, in_scale: bool) -> str:
@@ -440,6 +444,11 @@ class Ledger:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.table().to_csv(file, index=False)
         return file
+
+
+def empty() -> pd.DataFrame:
+    """A ledger's table without a row."""
+    return pd.DataFrame(columns=COLUMNS)
 
 
 def read(file: Path) -> pd.DataFrame:

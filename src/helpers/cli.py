@@ -11,7 +11,9 @@ import click
 
 from helpers import __version__
 
-PROFILE = click.option("--profile", default="laptop", show_default=True, help="Values: quick, laptop, paper.")
+PROFILE = click.option(
+    "--profile", default="laptop", show_default=True, help="Values: quick, laptop, paper, reference."
+)
 DATASET = click.option(
     "--dataset",
     default="auto",
@@ -158,6 +160,54 @@ def clean(yes: bool, old: bool) -> None:
         total = _bytes(sum(one.bytes for one in waste))
         can_go = f"{total} can go; companion clean --yes removes it" if waste else "nothing to remove"
         _say(f"{total} freed" if yes else can_go)
+
+
+@main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", "file", type=click.Path(path_type=Path), default=None,
+              help="Another file.  [default: RUN/index.html]")  # fmt: skip
+@click.option("--export", "into", type=click.Path(path_type=Path), default=None,
+              help="Copy what is small enough to commit (figures, claims, tables) to this folder.")  # fmt: skip
+@click.option("--readme", type=click.Path(path_type=Path), default=None, help="Make this README's summary of it anew.")
+def report(folder: Path, file: Path | None, into: Path | None, readme: Path | None) -> None:
+    """Write the report of a RUN's folder again: the answer, the ledger, the notebooks, in one page."""
+    from helpers import pages, runs
+    from helpers import report as reports
+
+    with _one_line_errors():
+        try:
+            _say(f"{reports.write(folder, file)}")
+            if into is not None:
+                reports.export(folder, into)
+                _say(f"{into}")
+            if readme is not None:
+                pages.write(readme, reports.update(readme.read_text(encoding="utf-8"), folder))
+                _say(f"{readme}")
+        except ValueError as error:
+            raise runs.BadInput(str(error)) from None
+
+
+@main.command()
+@JOBS
+@CLUSTER
+def verify(jobs: int | None, cluster: str | None) -> None:
+    """Train the cheap part of the committed reference again: does this machine agree within the intervals?"""
+    from unittest import mock
+
+    from helpers import report as reports
+    from helpers import runs, verify
+
+    with _one_line_errors(), mock.patch.dict(os.environ, runs.environment_for(jobs, cluster, None)):
+        try:
+            found = verify.compare(reports.REFERENCE, say=_say)
+        except ValueError as error:
+            raise runs.BadInput(str(error)) from None
+        if not len(found):
+            raise runs.BadInput("nothing could be compared")
+        _say(found.round({"p": 3}).to_string(index=False))
+        agree = int(found["agrees"].sum())
+        _say(f"{agree} of {len(found)} agree with the reference" + " within the intervals" * (agree == len(found)))
+        sys.exit(0 if agree == len(found) else 1)
 
 
 @main.command()

@@ -26,6 +26,7 @@ import torch
 PROJECT = Path(__file__).resolve().parents[2]
 
 # The training sets' sizes, known without reading them, so that a batch size can be refused before anything starts.
+TEST_SIZES = {"mnist": 10_000, "fashion_mnist": 10_000, "kmnist": 10_000, "digits": 500, "blobs": 500}
 TRAIN_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "kmnist": 60_000, "digits": 1_297, "blobs": 500}
 
 # Mean and standard deviation of the training pixels in [0, 1]. MNIST's are the two numbers of the write-up.

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 # An executed notebook may print anything: whatever it is, it neither runs nor asks another host for something.
 POLICY = (
@@ -82,3 +83,80 @@ def as_html(path: Path) -> str:
     head, start, body = html.partition("<body")
     # What no policy in a page can forbid: an output that sends the reader elsewhere, or has a host looked up.
     return head + start + re.sub(r"<(?=(?:meta|link|base)\b)", "&lt;", body, flags=re.IGNORECASE)
+
+
+# What a cell's HTML may hold on a page that it shares: no more than tables, text and links.
+_TAGS = {
+    "a", "b", "blockquote", "br", "caption", "code", "col", "colgroup", "dd", "del", "div", "dl", "dt", "em",
+    "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "li", "ol", "p", "pre", "s", "small", "span", "strong",
+    "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
+}  # fmt: skip
+_SHOWN = {"image/png", "text/html", "text/markdown", "text/latex", "text/plain"}
+
+
+def _clean(html: str) -> str:
+    """The HTML with its tags balanced, and those shown as text that could act, hide or leave their place."""
+    import bleach
+
+    html = re.sub(r"<(style|script)\b.*?</\1\s*>", "", html, flags=re.IGNORECASE | re.DOTALL)
+    attributes = {"*": ["class"], "a": ["href"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan", "scope"]}
+    return bleach.clean(html, tags=_TAGS, attributes=attributes, protocols={"http", "https"})
+
+
+class Cells(NamedTuple):
+    """A notebook's cells as safe HTML; their sources by anchor; its main figure; the names of figures shown in it."""
+
+    html: str
+    sources: dict[str, str]
+    main_figure: str
+    shown: set[str]
+
+
+def cells(path: Path, figures: list[dict[str, str]]) -> Cells:
+    """An executed notebook as a part of a page: without its title, code folded, what it printed and drew in sight.
+
+    A picture of one of ``figures`` says its finding.
+    """
+    import jinja2
+    import markupsafe
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    class Exporter(HTMLExporter):
+        @jinja2.pass_context
+        def markdown2html(self, context, source):
+            return _clean(super().markdown2html(context, source))
+
+    notebook = nbformat.read(path, as_version=4)
+    titles = {f["name"]: f"{f['title']}. {f['caption']}" for f in figures}
+    sources, shown = {}, set()
+    if notebook.cells and notebook.cells[0].cell_type == "markdown":
+        notebook.cells[0].source = re.sub(r"\A# .*\n*", "", notebook.cells[0].source)  # the page has it
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"{path.stem}-{cell.get('id') or number}"
+        sources[cell.id] = cell.source
+        cell.metadata = {}
+        named = [name for name in re.findall(r"""["']([\w-]+)["']""", cell.source) if name in titles]
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "application/vnd.jupyter.widget-view+json" in data and "text/html" not in data:
+                data.clear()
+            for kind in set(data) - _SHOWN:
+                del data[kind]
+            if "text/html" in data:
+                data["text/html"] = _clean(data["text/html"])
+            if "image/png" in data:
+                alt = titles[named[0]] if named else "What the cell above draws"
+                output.metadata = {"image/png": {"alt": alt}}
+                shown.update(named[:1])
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+    block = '{% block any_cell %}<div id="{{ cell.id }}">{{ super() }}</div>{% endblock %}'
+    block += '{% block input_group %}<details class="code"><summary>code</summary>{{ super() }}</details>{% endblock %}'
+    exporter = Exporter(
+        template_file="cells.html.j2", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True,
+        extra_loaders=[jinja2.DictLoader({"cells.html.j2": "{% extends 'basic/index.html.j2' %}" + block})],
+    )  # fmt: skip
+    html = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})[0]
+    main = notebook.metadata.get("companion", {}).get("main_figure", "")
+    return Cells(markupsafe.Markup(html), sources, main, shown)

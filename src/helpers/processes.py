@@ -1,11 +1,13 @@
-"""Processes that end with the one that started them, whatever ended it, and that can all be ended at once."""
+"""Processes that end with the one that started them, whatever ended it; all ended at once; that keep freed memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -55,3 +57,17 @@ def interruptible():
 def _interrupt(number, frame):
     end_children()  # now: asked politely, as nbclient would, a kernel that trains takes seconds
     raise KeyboardInterrupt
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, up to 256 MB, where the environment asks it to give it back at once.
+
+    Dask's nanny does ($MALLOC_TRIM_THRESHOLD_, 64 kB): each step of a training would then wait for the system to hand
+    out the same pages again, and two workers on a machine would wait for each other.
+    """
+    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+        if mallopt is not None:
+            mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its most

@@ -215,7 +215,7 @@ def run(
     say(f"profile {profile} on {real}, {len(planned)} notebooks, into {out}")
     if note:
         say("\n".join(["", "!" * 100, note, "!" * 100, ""]))
-    about = {"profile": profile, "dataset": real, "dataset_note": note, **machine()}
+    about = {"profile": profile, "dataset": real, "dataset_note": note, "given": dict(given or {}), **machine()}
     started = time.perf_counter()
     try:
         for number, item in enumerate(planned, 1):
@@ -373,32 +373,23 @@ def _title(notebook) -> str:
 
 
 def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path:
-    """Write claims.csv, run.json and the index page."""
+    """Write claims.csv, run.json and the report."""
     import pandas as pd
 
-    from helpers import claims
+    from helpers import claims, report
 
     tables = [claims.read(f) for f in sorted((out / "claims").glob("*.csv"))]
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    if len(table):
-        pages.write(out / "claims.csv", table.to_csv(index=False))
+    if tables:
+        pages.write(out / "claims.csv", pd.concat(tables, ignore_index=True).to_csv(index=False))
     about["notebooks"] = [
         {
-            "name": p.name, "status": p.status, "error": p.error, "seconds": round(p.seconds, 1),
+            "name": p.name, "title": p.title, "status": p.status, "error": p.error, "seconds": round(p.seconds, 1),
             "parameters": p.parameters, **_provenance_of(out, p.name),
         }
         for p in planned
     ]  # fmt: skip
     pages.write(out / "run.json", json.dumps(about, indent=1))
-    verdicts = claims.summary(table).to_dict("records") if len(table) else []
-    parts = claims.readable(table).to_dict("records") if len(table) else []
-    for i, part in enumerate(parts):
-        part["first"] = i == 0 or parts[i - 1]["claim"] != part["claim"]
-    return pages.write(out / "index.html", pages.render(
-        "index.html.j2", run=about, claims=verdicts, parts=parts, provenance=json.dumps(about, indent=1),
-        counts={v: sum(c["verdict"] == v for c in verdicts) for v in claims.VERDICTS},
-        notebooks=[vars(p) | {"figures": pages.figures(out, p.name)} for p in planned],
-    ))  # fmt: skip
+    return report.write(out)
 
 
 def _verdicts(out: Path, notebook: str) -> str:

@@ -275,6 +275,7 @@ def _is_done(job: _Job, store: Store) -> bool:
 def _one(number: int, job: _Job, runner: int):
     if os.getppid() == runner:  # a process of joblib's: killed with its runner, or it would compute on for nobody
         processes.end_with_parent()
+    processes.keep_freed_memory()
     here = {"numerics": NUMERICS, "device": data.pick_device().type, "torch": torch.__version__}
     expected = {**job.of, "torch": job.torch_version}
     if any(expected[name] != value for name, value in here.items()):

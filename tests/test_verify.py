@@ -1,0 +1,47 @@
+"""Whether a machine agrees with a reference: one that it made itself, and one that was tampered with."""
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from helpers import cli, report, sweeps, verify
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch):
+    base = {"dataset": "digits", "num_train": 400, "model": "small_mlp", "epochs": 3}
+    history = sweeps.run(sweeps.grid(base, batch_size=[16, 64]), 3)
+    (tmp_path / "tables").mkdir()
+    for name in verify.CHEAP:
+        sweeps_table = history.astype({"betas": str})
+        sweeps_table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+    monkeypatch.setattr(report, "REFERENCE", tmp_path)
+    return tmp_path
+
+
+def test_the_machine_that_made_it_agrees_to_the_bit(reference):
+    found = verify.compare(reference, say=str)
+    assert len(found) == 2 * 2 * 2 and found.agrees.all()
+    assert set(found["same to the bit"]) == {"3 of 3"} and set(found.epoch) == {2, 3}
+    result = CliRunner().invoke(cli.main, ["verify"])
+    assert result.exit_code == 0 and "8 of 8 agree with the reference within the intervals" in result.output
+
+
+def test_another_result_is_seen_and_small_differences_are_not(reference):
+    file = reference / "tables/02_history.parquet"
+    table = pd.read_parquet(file)
+    table.loc[table.batch_size == 16, "test_accuracy"] -= 0.3
+    table["distance_from_init"] *= 1 + 1e-6
+    table.to_parquet(file)
+    result = CliRunner().invoke(cli.main, ["verify"])
+    assert result.exit_code == 1 and "7 of 8 agree" in result.output
+    found = verify.compare(reference, say=str)
+    assert found[~found.agrees][["table", "batch_size", "measure"]].values.tolist() == [
+        ["02_history", 16, "test_accuracy"]
+    ]
+
+
+def test_without_a_reference_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REFERENCE", tmp_path)
+    result = CliRunner().invoke(cli.main, ["verify"])
+    assert result.exit_code == 2 and "holds no reference" in result.output
