@@ -78,6 +78,7 @@ def test_a_yaml_file_holds_a_grid_or_several(tmp_path):
     (["lr=0.1,-1"], "finite number above 0"),
     (["seed=-1"], "seed is -1; expected 0 or more"),
     (["/nowhere/grids.yml"], "No such file"),
+    (["/dev/zero"], "not a file"),
     (["output_dir=a,b"], "output_dir is set by --out"),
 ])  # fmt: skip
 def test_what_is_no_grid_is_refused_in_one_line_and_nothing_is_written(texts, message, tmp_path):

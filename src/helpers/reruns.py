@@ -90,6 +90,8 @@ def _values(where: str, given: object) -> list[object]:
 
 def _grids_of(file: Path) -> list[Grid]:
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("not a file")  # a device may have no end
         found = runs.read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)

@@ -89,7 +89,7 @@ class Store:
         record["sha256"] = {file.name: _sha256(file) for file in sorted(entry.iterdir())}
         (entry / "entry.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         with FileLock(self.folder / ".lock"):
-            if (self.folder / key).exists():
+            if os.path.lexists(self.folder / key):  # a link that leads nowhere, too
                 os.rename(self.folder / key, new / "old")
             os.rename(entry, self.folder / key)
 
