@@ -105,11 +105,12 @@ def test_chance_counts_what_is_decided():
 
 def test_what_inference_adds_to_a_part():
     row = {"ours": 98.0, "high": 98.0 + 4.303 * 0.1 / np.sqrt(3), "n": 3, "measured": claims.ACCURACY, "exact": True,
-           "counts": True, "why": "", "above": 97.6, "below": 98.2}  # fmt: skip
+           "counts": True, "why": "", "above": 97.6, "below": 98.2, "published": "97.9"}  # fmt: skip
     found = report.figures_of(row, "mnist")
     assert found["images"] == "0.27"
     assert found["place"] == "above 23.9% of ours"
-    assert report.figures_of(row | {"why": "another set-up: …"}, "digits")["place"] == ""
+    for other in ({"why": "another set-up: …"}, {"published": "97.9 − 97.8"}, {"exact": False}):
+        assert report.figures_of(row | other, "mnist")["place"] == ""
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
@@ -120,6 +121,19 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "claims.csv").write_text("claim\nx\n")
     result = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
     assert result.exit_code == 2 and "lacks the columns" in result.output
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("n", "x"), ("claim", ""), ("ours", "1e"), ("counts", "maybe"), ("published", "")]
+)
+def test_a_ledger_that_no_run_wrote_gives_a_page_or_one_line(copied, column, value):
+    before = (copied / "index.html").read_bytes()
+    table = pd.read_csv(copied / "claims.csv", dtype=str)
+    table[column] = value
+    table.to_csv(copied / "claims.csv", index=False)
+    result = CliRunner().invoke(cli.main, ["report", str(copied)])
+    assert result.exit_code in (0, 2) and not isinstance(result.exception, (ValueError, LookupError, TypeError))
+    assert result.exit_code == 0 or (copied / "index.html").read_bytes() == before
 
 
 def test_an_export_is_small_and_is_a_run_itself(run_folder, tmp_path):

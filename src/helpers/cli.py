@@ -183,8 +183,8 @@ def report(folder: Path, file: Path | None, into: Path | None, readme: Path | No
             if readme is not None:
                 pages.write(readme, reports.update(readme.read_text(encoding="utf-8"), folder))
                 _say(f"{readme}")
-        except ValueError as error:
-            raise runs.BadInput(str(error)) from None
+        except (ValueError, LookupError, TypeError) as error:  # files that a run did not write
+            raise runs.BadInput(f"{folder}: {error}") from None
 
 
 @main.command()

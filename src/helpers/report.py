@@ -263,9 +263,9 @@ def figures_of(row: Mapping, dataset: str | None) -> dict[str, str]:
     of_accuracy = row["measured"] in (claims.ACCURACY, "final test accuracy") and dataset in data.TEST_SIZES
     percent = 100 if row["measured"] == claims.ACCURACY else 1
     images = percent * inference.sampling_error(row["ours"] / percent, data.TEST_SIZES[dataset]) if of_accuracy else 0
-    share = math.nan
-    if row["exact"] and row["counts"] and not str(row["why"]).startswith("another"):
-        share = inference.place((low + high) / 2, row["ours"], std, row["n"])
+    share, published = math.nan, re.fullmatch(r"[\d.]+", str(row["published"]))  # one run's figure, not a difference
+    if row["exact"] and published and row["counts"] and not str(row["why"]).startswith("another"):
+        share = inference.place(float(row["published"]), row["ours"], std, row["n"])
     needed = inference.seeds_needed(row["ours"], std, low, high)
     return {
         "images": f"{images:.2g}" if images else "",
