@@ -148,6 +148,23 @@ def test_an_export_is_small_and_is_a_run_itself(run_folder, tmp_path):
     assert not list((tmp_path / "kept").glob("*.ipynb"))
 
 
+def test_a_reference_is_exported_in_parts(run_folder, tmp_path):
+    parts = {}
+    for number, keep in (("02", "02_mnist_sweep"), ("05", "05_batch_size_switching")):
+        parts[number] = shutil.copytree(run_folder, tmp_path / number)
+        run = json.loads((parts[number] / "run.json").read_text())
+        run["notebooks"] = [one for one in run["notebooks"] if one["name"] == keep]
+        (parts[number] / "run.json").write_text(json.dumps(run))
+        table = claims.read(run_folder / "claims.csv")
+        table[table.notebook == keep].to_csv(parts[number] / "claims.csv", index=False)
+    for number in ("05", "02", "05"):
+        report.export(parts[number], tmp_path / "kept")
+    whole, kept = (json.loads((f / "run.json").read_text()) for f in (run_folder, tmp_path / "kept"))
+    assert [n["name"] for n in kept["notebooks"]] == [n["name"] for n in whole["notebooks"]]
+    assert kept["seconds"] == pytest.approx(sum(n["seconds"] for n in whole["notebooks"]), abs=0.1)
+    pd.testing.assert_frame_equal(claims.read(run_folder / "claims.csv"), claims.read(tmp_path / "kept/claims.csv"))
+
+
 def test_the_readme_holds_the_summary_of_the_committed_reference():
     text = (runs.PROJECT / "README.md").read_text(encoding="utf-8")
     assert report.update(text, report.REFERENCE) == text

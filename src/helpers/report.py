@@ -323,13 +323,22 @@ def update(text: str, folder: Path) -> str:
 def export(folder: Path, into: Path, limit: int = 150_000) -> None:
     """Copy what a run is judged by, small enough to commit: claims, run.json, tables, figures up to ``limit`` bytes.
 
-    A larger PNG is written with 256 colours, then smaller; of the SVGs, those that are no larger than its limit.
+    What ``into`` holds of other notebooks stays, so that a reference can be made in parts. A larger PNG is written with
+    256 colours, then smaller; of the SVGs, those that are no larger than its limit.
     """
     from PIL import Image, PngImagePlugin
 
-    _read(folder)
-    for name in ("claims.csv", "run.json"):
-        pages.write(into / name, (folder / name).read_bytes())
+    run, table = _read(folder)
+    of = {k: run[k] for k in ("profile", "started")}
+    run["notebooks"], names = [one | of for one in run["notebooks"]], {one["name"] for one in run["notebooks"]}
+    if (into / "run.json").exists():
+        kept, others = _read(into)
+        run["notebooks"] += [one for one in kept["notebooks"] if one["name"] not in names]
+        table = pd.concat([others[~others["notebook"].isin(names)], table], ignore_index=True)
+        run["notebooks"].sort(key=lambda one: one["name"])
+        run["seconds"] = round(sum(one["seconds"] for one in run["notebooks"]), 1)
+    pages.write(into / "claims.csv", table.sort_values("notebook", kind="stable").to_csv(index=False))
+    pages.write(into / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
     for file in sorted((folder / "tables").glob("*.parquet")):
         pages.write(into / "tables" / file.name, file.read_bytes())
     for file in sorted((folder / "figures").glob("*.png")):
