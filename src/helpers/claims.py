@@ -461,7 +461,10 @@ def _text(column: pd.Series) -> pd.Series:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One verdict per claim, from the parts that count: all reproduced; else any that is not; else inconclusive."""
+    """One verdict per claim, from the parts that count: all reproduced; else any that is not; else inconclusive.
+
+    ``tally``: how many of them are reproduced.
+    """
     rows = []
     for claim_id, parts in table.groupby("claim", sort=False):
         counted = parts[parts["counts"]]
@@ -474,6 +477,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "claim": claim_id, "statement": first["statement"], "source": first["source"],
             "notebook": first["notebook"], "verdict": verdict, "why": why.strip("; "),
+            "tally": f"{(counted['verdict'] == REPRODUCED).sum()} of {len(counted)} parts reproduced",
         })  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -296,7 +296,7 @@ def summary(folder: Path) -> str:
     drawn = {f["name"]: f for n in run["notebooks"] for f in pages.figures(folder, n["name"])}
     lines = [f"![{drawn[name]['title']}](outputs/reference/figures/{name}.png)" for name in CARRYING if name in drawn]
     lines += [""] + [
-        f"{number}. {said['text']} *{', '.join(dict.fromkeys(c['verdict'] for c in said['claims']))}*"
+        f"{number}. {said['text']} *{'; '.join(_verdict(c) for c in said['claims'])}*"
         for number, (_, said) in enumerate(_said(ANSWER, table, by_name), 1)
     ]
     counts = [f"{sum(c['verdict'] == v for c in by_name.values())} {v}" for v in claims.VERDICTS]
@@ -306,9 +306,14 @@ def summary(folder: Path) -> str:
         parts = table[table["claim"] == name]
         first = claims.readable(parts[parts["counts"]] if parts["counts"].any() else parts).iloc[0]
         cells = [claim["statement"], claim["source"], f"{first['part']}: {first['published']}", first["ours [95 %]"]]
-        cells = [str(cell).replace("|", "∣") for cell in (*cells, first["n"], claim["verdict"])]
+        cells = [str(cell).replace("|", "∣") for cell in (*cells, first["n"], _verdict(claim))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _verdict(claim: Mapping) -> str:
+    """The verdict, and where it is not that of every part, of how many."""
+    return claim["verdict"] + (f" ({claim['tally']})" if claim["verdict"] != claims.REPRODUCED else "")
 
 
 def update(text: str, folder: Path) -> str:
