@@ -1,5 +1,9 @@
 import functools
 import gc
+import os
+import platform
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -229,3 +233,33 @@ def test_a_real_failure_of_the_cpus_allocator_is_recognised():
 )
 def test_errors_of_memory_are_told_from_others(error, expected):
     assert memory.exhausted(error) is expected
+
+
+FAULTS = """
+import resource, sys, torch
+from helpers import models, processes
+if sys.argv[1] == "kept":
+    processes.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(1_000_000), torch.ones(2_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
+def test_what_a_step_frees_the_next_one_has_without_asking_the_system():
+    def faults(what: str, **environment: str) -> int:
+        own = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | environment
+        found = subprocess.run(
+            [sys.executable, "-c", FAULTS, what], env=own, capture_output=True, text=True, check=True
+        )
+        return int(found.stdout)
+
+    asked = faults("as it is", MALLOC_TRIM_THRESHOLD_="65536")  # as Dask's nanny asks
+    assert asked > 2_000
+    assert faults("kept", MALLOC_TRIM_THRESHOLD_="65536") < asked / 10
+    assert faults("as it is") < asked / 10
