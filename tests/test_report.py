@@ -91,6 +91,13 @@ def test_another_run_shows_the_reference_greyed_and_the_reference_does_not(copie
     assert 'class="greyed reference"' not in page and ">reference: " not in page
 
 
+@pytest.mark.parametrize("held", ["", "{}", "claim,statement\nx,y\n"])
+def test_a_reference_that_cannot_be_read_costs_a_run_nothing(held, copied, tmp_path):
+    (tmp_path / "run.json").write_text(held)
+    (tmp_path / "claims.csv").write_text(held)
+    assert "The ledger" in report.write(copied, reference=tmp_path).read_text()
+
+
 def test_chance_counts_what_is_decided():
     rows = []
     for mean, verdict in [(1.0, claims.REPRODUCED), (0.02, claims.REPRODUCED), (-1.0, claims.NOT_REPRODUCED)]:

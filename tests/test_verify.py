@@ -27,6 +27,13 @@ def test_the_machine_that_made_it_agrees_to_the_bit(reference):
     assert result.exit_code == 0 and "8 of 8 agree with the reference within the intervals" in result.output
 
 
+def test_what_the_store_holds_is_not_taken_for_a_result_of_this_machine(reference, monkeypatch):
+    trained = []
+    monkeypatch.setattr(sweeps, "_train", lambda *a, train=sweeps._train: trained.append(1) or train(*a))
+    verify.compare(reference, jobs=1, say=str)
+    assert len(trained) >= 2 * 2  # though the fixture has stored the very same runs
+
+
 def test_another_result_is_seen_and_small_differences_are_not(reference):
     file = reference / "tables/02_history.parquet"
     table = pd.read_parquet(file)

@@ -6,6 +6,7 @@ figure on it leads to the cell that computed it, to the table behind it, and to 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -147,8 +148,9 @@ def write(folder: Path, file: Path | None = None, reference: Path = REFERENCE) -
     """Write the report of a run's ``folder``, as its ``index.html`` or another file. ValueError where it is no run."""
     run, table = _read(folder)
     other = None
-    if reference.resolve() != folder.resolve() and (reference / "run.json").exists():
-        other = _read(reference)[1]
+    if reference.resolve() != folder.resolve():
+        with contextlib.suppress(ValueError):  # none, or an older one: a run is reported without it
+            other = _read(reference)[1]
     notebooks = [_notebook(folder, run, one, table, reference if other is not None else None)
                  for one in run["notebooks"]]  # fmt: skip
     ledger = _ledger(run, table, notebooks, folder, other)
@@ -218,7 +220,9 @@ def _notebook(folder: Path, run: Mapping, one: Mapping, table: pd.DataFrame, ref
 
 
 def command(run: Mapping, notebook: str) -> str:
-    """What makes a notebook's results again."""
+    """What makes a notebook's results again; a reference made in parts holds runs of several kinds."""
+    run = {**run, **{k: v for one in run["notebooks"] if one["name"] == notebook for k, v in one.items()
+                     if k in ("profile", "given")}}  # fmt: skip
     arguments = ["companion", "run", "--profile", run["profile"], "--dataset", run["dataset"]]
     arguments += ["--only", notebook.split("_")[0]]
     for name, value in run.get("given", {}).items():
@@ -334,7 +338,7 @@ def export(folder: Path, into: Path, limit: int = 150_000) -> None:
     from PIL import Image, PngImagePlugin
 
     run, table = _read(folder)
-    of = {k: run[k] for k in ("profile", "started")}
+    of = {k: run[k] for k in ("profile", "given", "started") if k in run}
     run["notebooks"], names = [one | of for one in run["notebooks"]], {one["name"] for one in run["notebooks"]}
     if (into / "run.json").exists():
         kept, others = _read(into)

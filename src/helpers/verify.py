@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from helpers import claims, data, inference, sweeps
+from helpers.store import Store
 
 # Of each reference table, the epoch up to which a run of minutes can follow it.
 CHEAP = {"01_sweep": 200, "02_history": 2}
@@ -42,13 +44,14 @@ def compare(reference: Path, jobs: int | None = None, say: Callable[[str], None]
         settings = theirs[list(_SETTINGS)].drop_duplicates().to_dict("records")
         say(f"{name}: {len(settings)} settings × {theirs.seed.nunique()} seeds of {dataset}, up to epoch {epochs}")
         grid = [{**s, "num_train": int(s["num_train"]), "epochs": epochs} for s in settings]
-        run = sweeps.run(grid, sorted(int(seed) for seed in theirs.seed.unique()), jobs=jobs)
+        with tempfile.TemporaryDirectory() as folder:  # the user's store may hold the reference itself
+            run = sweeps.run(grid, sorted(map(int, theirs.seed.unique())), jobs=jobs, store=Store(folder))
         ours = run[run.epochs == epochs]
         for (batch_size, lr), group in theirs.groupby(["batch_size", "lr"]):
             mine = ours[(ours.batch_size == batch_size) & (ours.lr == lr)]
             rows += [_row(name, epochs, batch_size, lr, m, group[m], mine[m]) for m in MEASURES]
     found = pd.DataFrame(rows)
-    return found.assign(agrees=~inference.survive(found["p"])) if len(found) else found
+    return found.assign(agrees=~inference.survive(found["p"]))
 
 
 def _row(name: str, epoch: int, batch_size: int, lr: float, measure: str, theirs: pd.Series, ours: pd.Series) -> dict:
