@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,19 @@ def figures(out: Path, notebook: str) -> list[dict[str, str]]:
     return found
 
 
+def _leave_out_widgets(notebook, shown: Set[str] | None = None) -> None:
+    """Take from its outputs what needs a kernel, and, where ``shown`` says which kinds are, all others."""
+    for cell in notebook.cells:
+        for data in (output.get("data", {}) for output in cell.get("outputs", ())):
+            # A page without scripts shows the text that a widget leaves, and nothing of one that leaves but its name.
+            if data.pop("application/vnd.jupyter.widget-view+json", None) and "text/html" not in data:
+                data.pop("text/plain", None)
+            for kind in set(data) - shown if shown else ():
+                del data[kind]
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+
+
 def as_html(path: Path) -> str:
     """An executed notebook as one page, without scripts."""
     import jinja2
@@ -64,13 +78,7 @@ def as_html(path: Path) -> str:
     from nbconvert import HTMLExporter
 
     notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        for data in (output.get("data", {}) for output in cell.get("outputs", ())):
-            # A page without scripts shows the text that a widget leaves, and nothing of one that leaves but its name.
-            if data.pop("application/vnd.jupyter.widget-view+json", None) and "text/html" not in data:
-                data.pop("text/plain", None)
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+    _leave_out_widgets(notebook)
     # nbconvert's own page, less the scripts it would ask other hosts for: it opens without a network.
     blocks = ("html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets")
     page = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {b} %}}{{% endblock %}}" for b in blocks[1:])
@@ -129,6 +137,7 @@ def cells(path: Path, figures: list[dict[str, str]]) -> Cells:
 
     notebook = nbformat.read(path, as_version=4)
     titles = {f["name"]: f"{f['title']}. {f['caption']}" for f in figures}
+    _leave_out_widgets(notebook, _SHOWN)
     sources, shown = {}, set()
     if notebook.cells and notebook.cells[0].cell_type == "markdown":
         notebook.cells[0].source = re.sub(r"\A# .*\n*", "", notebook.cells[0].source)  # the page has it
@@ -139,18 +148,12 @@ def cells(path: Path, figures: list[dict[str, str]]) -> Cells:
         named = [name for name in re.findall(r"""["']([\w-]+)["']""", cell.source) if name in titles]
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
-            if "application/vnd.jupyter.widget-view+json" in data and "text/html" not in data:
-                data.clear()
-            for kind in set(data) - _SHOWN:
-                del data[kind]
             if "text/html" in data:
                 data["text/html"] = _clean(data["text/html"])
             if "image/png" in data:
                 alt = titles[named[0]] if named else "What the cell above draws"
                 output.metadata = {"image/png": {"alt": alt}}
                 shown.update(named[:1])
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
     block = '{% block any_cell %}<div id="{{ cell.id }}">{{ super() }}</div>{% endblock %}'
     block += '{% block input_group %}<details class="code"><summary>code</summary>{{ super() }}</details>{% endblock %}'
     exporter = Exporter(
