@@ -86,7 +86,10 @@ def test_every_sentence_is_of_claims_and_parts_that_exist():
 def test_another_run_shows_the_reference_greyed_and_the_reference_does_not(copied, tmp_path):
     other = shutil.copytree(copied, tmp_path / "other")
     page = report.write(copied, reference=other).read_text()
-    assert page.count('class="greyed reference"') == 2 and page.count(">reference: ") >= 15
+    assert (
+        page.count("<figcaption>The reference: ") == page.count('class="greyed reference"') == 2
+        and page.count(">reference: ") >= 15
+    )
     page = report.write(other, reference=other).read_text()
     assert 'class="greyed reference"' not in page and ">reference: " not in page
 
