@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -260,6 +262,49 @@ def gemm(size: int, repeats: int) -> Callable[[], float]:
         return out[0, 0].item()  # waits for the device
 
     return multiply
+
+
+def step_products(widths: Sequence[int], steps: Sequence[int], evaluated: Sequence[int] = ()) -> Callable[[], float]:
+    """The matrix products of ``steps`` of SGD on so many examples each, and nothing else: none can do without them.
+
+    A perceptron of these ``widths``: outputs, gradients by weights, and by inputs of all layers but the first; each the
+    faster of PyTorch's own product (summed into the weights, where it makes a gradient) and oneDNN's (whose factors lie
+    ready as it wants them). ``evaluated``: chunks of examples of which the outputs alone are taken.
+    """
+    device = data.pick_device()
+    weights = [torch.rand(out, given, device=device) for given, out in zip(widths, widths[1:])]
+    sizes = [*((n, True) for n in steps), *((n, False) for n in evaluated)]
+    made = {size: _fastest(_products(weights, *size)) for size in set(sizes)}
+
+    def multiply() -> float:
+        for size in sizes:
+            for call in made[size]:
+                call()
+        return weights[0][0, 0].item()  # waits for the device
+
+    return multiply
+
+
+def _products(weights: Sequence[torch.Tensor], examples: int, train: bool) -> list[tuple[Callable, Callable]]:
+    inputs = [torch.rand(examples, w.shape[1], device=w.device) for w in weights]
+    calls = [(partial(F.linear, a, w), partial(models.product, a, w)) for a, w in zip(inputs, weights)]
+    for w, a in list(zip(weights, inputs))[::-1] if train else ():
+        delta = torch.rand(examples, len(w), device=w.device)
+        ready = delta.t().contiguous(), a.t().contiguous()
+        calls.append((partial(w.addmm_, delta.t(), a, alpha=1e-9), partial(models.product, *ready)))
+        if w is not weights[0]:
+            calls.append((partial(torch.mm, delta, w), partial(models.product, delta, w.t().contiguous())))
+    return calls
+
+
+def _fastest(calls: Sequence[tuple[Callable, Callable]]) -> list[Callable]:
+    """The faster of each two, timed in the order of a step: what it finds in the cache is what a step finds there."""
+    best = [[float("inf")] * 2 for _ in calls]
+    for _, way, (place, pair) in itertools.product(range(5), (0, 1), enumerate(calls)):
+        started = time.perf_counter()
+        pair[way]()
+        best[place][way] = min(best[place][way], time.perf_counter() - started)
+    return [pair[times.index(min(times))] for pair, times in zip(calls, best)]
 
 
 @contextlib.contextmanager

@@ -63,8 +63,10 @@ class Run:
         parts = [
             "SMOKE SIZES: these figures mean nothing." if self.bench.smoke else "",
             table(self.lines),
-            "Limit: what an engine would reach that did the same arithmetic at the speed of a large matrix product; "
-            "of imports, what the packages take by themselves.",
+            "Limit: of mnist-epoch and mnist-roofline, what an engine would reach that did the matrix products of the "
+            "same steps, each in the faster of two libraries, and nothing else; of seeds, the rounds of jobs if none "
+            "disturbed another; of walk, its arithmetic at the speed of square products; of imports, what the packages "
+            "take by themselves.",
             f"Medians over {self.bench.pairs} interleaved pairs, after one unmeasured of each. {about['cpu']}, "
             f"{about['cores']} cores, {about['threads']} threads, {about['device']}; load average before "
             f"{about['load_average']:.1f}; {versions}.",
@@ -124,12 +126,12 @@ def table(lines: list[Line]) -> str:
     cells = [["row", "case", "against", "ours", "theirs", "median", "min … max", "target", "reached", "limit"]]
     for line in lines:
         values = [f"{v:.3g}{' ' * (line.unit in ('%', 's'))}{line.unit}" for v in (
-            line.median, min(line.values), max(line.values), line.target
+            line.median, min(line.values), max(line.values), line.target, line.limit or 0.0
         )]  # fmt: skip
         cells.append([
             line.row, line.case, line.against, *(f"{median(s):.3g} s" if s else "" for s in (line.ours, line.theirs)),
             values[0], f"{values[1]} … {values[2]}", f"{'≥' if line.at_least else '≤'} {values[3]}",
-            "yes" if line.reached else "no", f"{line.limit:.3g}×" if line.limit else "",
+            "yes" if line.reached else "no", values[4] if line.limit else "",
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])

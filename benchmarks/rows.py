@@ -23,6 +23,7 @@ import cloudpickle
 import joblib
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
@@ -109,14 +110,15 @@ def _mnist_epoch(bench: Bench, dataset: data.Dataset, root: Path, batch_size: in
     name = f"DataLoader, {workers} workers"
     note = "{:,} training and {:,} test images; ".format(*bench.epoch_sizes) + "for a part of them the DataLoader took "
     note += " and ".join(f"{seconds:.2f} s with {w} workers" for w, seconds in tried.items())
-    trained, forward = _operations(dataset)
-    work = trained * dataset.num_train + forward * (dataset.num_train + len(dataset.test_targets))
+    chunk, evaluated = bench.pick((2_000, dataset.num_train + len(dataset.test_targets)), (100, 600))
+    steps, chunks = _split(dataset.num_train, batch_size), _split(evaluated, chunk)
+    limit = functools.partial(baselines.step_products, _widths(dataset), steps, chunks)
     sides = {"ours": ours, name: loop(workers, *bench.epoch_sizes)}
 
     def check(results: Mapping) -> str:
         return same("train and test accuracy, mean", results["ours"], results[name], within=0.04)
 
-    return _with_limit("mnist-epoch", case, sides, target, work, bench, check, note)
+    return _with_limit("mnist-epoch", case, sides, target, limit, bench, check, note)
 
 
 def _with_limit(
@@ -124,22 +126,27 @@ def _with_limit(
     case: str,
     sides: Mapping[str, Side],
     target: float,
-    work: float,
+    limit: Side,
     bench: Bench,
     check: Callable[[Mapping], str],
     note: str,
     scaled: Mapping[str, tuple[float, str]] | None = None,
 ) -> list[Line]:
-    """The first side against the second, and the ``limit``: products of ``work`` operations, timed in turn with both.
+    """The first side against the second; and how often ``limit`` goes into the second, timed in turn with both."""
+    _, name = sides
+    sides, targets = {**sides, "limit": limit}, {name: target, "limit": target}
+    against, at_best = compare(row, case, sides, targets, bench.pairs, check, note, scaled)
+    reachable = statistics.median(a / b for a, b in zip(against.theirs, at_best.theirs))
+    return [dataclasses.replace(against, limit=reachable)]
 
-    With ``scaled["GEMM"]``, ``work`` is of that part.
-    """
-    size, (_, name) = bench.pick(1024, 128), sides
-    products = functools.partial(baselines.gemm, size, max(1, round(work / (2 * size**3))))
-    sides, targets = {**sides, "GEMM": products}, {name: target, "GEMM": target}
-    against, against_products = compare(row, case, sides, targets, bench.pairs, check, note, scaled)
-    limit = statistics.median(a / b for a, b in zip(against.theirs, against_products.theirs))
-    return [dataclasses.replace(against, limit=limit)]
+
+def _widths(dataset: data.Dataset) -> list[int]:
+    """Of Shen's net."""
+    return [dataset.train_inputs[0].numel(), 1024, 1024, dataset.num_classes]
+
+
+def _split(examples: int, batch_size: int) -> list[int]:
+    return [len(one) for one in torch.arange(examples).split(batch_size)]
 
 
 def _operations(dataset: data.Dataset) -> tuple[int, int]:
@@ -186,10 +193,37 @@ def mnist_roofline(bench: Bench) -> list[Line]:
     lines = []
     for batch_size, target in bench.pick({16: 28, 64: 50, 256: 75, 1024: 90}, {256: 75}).items():
         sides = {"": functools.partial(ours, batch_size), "GEMM": functools.partial(baselines.gemm, size, repeats)}
-        times, peak = interleave(f"mnist-roofline, batch {batch_size}", sides, bench.pairs)[0].values()
-        share = [100 * work / a / (2 * size**3 * repeats / b) for a, b in zip(times, peak)]
+        steps = _split(dataset.num_train, batch_size)
+        sides["limit"] = functools.partial(baselines.step_products, _widths(dataset), steps)
+        times, peak, products = interleave(f"mnist-roofline, batch {batch_size}", sides, bench.pairs)[0].values()
+        share, limit = (
+            [100 * work / a / (2 * size**3 * repeats / b) for a, b in zip(each, peak)] for each in (times, products)
+        )
         case, seconds = f"batch {batch_size}", {"ours": times, "theirs": peak}
-        lines.append(Line("mnist-roofline", case, "GEMM peak", share, target, "%", **seconds, note=note))
+        limit = statistics.median(limit)
+        line = Line("mnist-roofline", case, "GEMM peak", share, target, "%", **seconds, note=note, limit=limit)
+        lines.append(line)
+    return lines
+
+
+def product(bench: Bench) -> list[Line]:
+    """A product as in the hidden layer of Shen's net, against PyTorch's own (on a CPU, MKL's or the like)."""
+    width, lines = bench.pick(1024, 256), []
+    for examples, repeats in bench.pick({64: 400, 1024: 30}, {64: 2}).items():
+        torch.manual_seed(0)
+        x, weight = torch.rand(examples, width), torch.rand(width, width)
+
+        def side(multiply: Callable, x: torch.Tensor = x, weight: torch.Tensor = weight, n: int = repeats) -> Side:
+            return lambda: lambda: [multiply(x, weight) for _ in range(n)][-1]
+
+        def check(results: Mapping) -> str:
+            return same("products", results["ours"], results["F.linear"], within=1e-5, relative=True)
+
+        sides, case = (
+            {"ours": side(models.product), "F.linear": side(F.linear)},
+            f"{examples:,} examples × {width} × {width}",
+        )
+        lines += compare("product", case, sides, {"F.linear": 1}, bench.pairs, check, f"{repeats} of each")
     return lines
 
 
@@ -266,20 +300,31 @@ def seeds(bench: Bench) -> list[Line]:
     num_test, cores = len(dataset.test_targets), joblib.cpu_count()
     trained, forward = _operations(dataset)
     evaluated = 2 * forward * (num_train + num_test)  # at the start and at the end
-    work = trained * num_train * epochs + evaluated
+    share = evaluated / (trained * num_train * epochs + evaluated)
     whole = forward * 70_000 / (trained * 60_000 + forward * 70_000)
-    note = f"{epochs} epochs of {num_train:,} images, evaluated at the start and at the end: {evaluated / work:.0%} of "
-    note += f"the arithmetic, of an epoch of all of MNIST {whole:.0%}; {count} jobs on {cores} cores take "
-    note += f"{math.ceil(count / cores)} rounds, where work that could be cut anywhere would take {count / cores:.2g}"
+    note = f"{epochs} epochs of {num_train:,} images, evaluated at the start and at the end: {share:.0%} of "
+    note += (
+        f"the arithmetic, of an epoch of all of MNIST {whole:.0%}; a job has one thread, so that its result does not "
+    )
+    note += f"depend on the cores: {count} jobs on {cores} take {math.ceil(count / cores)} rounds, and the limit is so "
+    note += "many times what one takes by itself"
 
-    def in_turn(batch_size: int) -> list[float]:
+    def in_turn(batch_size: int, seeds: Sequence[int] = range(count)) -> list[float]:
         found = []
-        for seed in range(count):
+        for seed in seeds:
             run = ours_training(dataset, seeds=[seed], batch_size=batch_size)
             run.record()
             run.advance(epochs=epochs, record=False).record()
             found.append(run.latest["test_accuracy"].item())
         return found
+
+    def alone(batch_size: int) -> list[float]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return in_turn(batch_size, [0])
+        finally:
+            torch.set_num_threads(before)
 
     def check(results: Mapping) -> str:
         ours = results["ours"][results["ours"].epochs == epochs].sort_values("seed").test_accuracy
@@ -289,9 +334,9 @@ def seeds(bench: Bench) -> list[Line]:
         settings = {"dataset": bench.dataset, "num_train": num_train, "batch_size": batch_size, "lr": LR}
         settings |= {"epochs": epochs, "record_every": epochs}
         sides = {"ours": _sweep([settings], count), "in turn": lambda b=batch_size: functools.partial(in_turn, b)}
-        scaled = {"GEMM": (count, f"1 of {count} seeds")}
-        case = f"{count} seeds, batch {batch_size}"
-        lines += _with_limit("seeds", case, sides, target, work, bench, check, f"{note}; {STARTED}", scaled)
+        scaled = {"limit": (math.ceil(count / cores), f"1 of {math.ceil(count / cores)} rounds")}
+        case, limit = f"{count} seeds, batch {batch_size}", lambda b=batch_size: functools.partial(alone, b)
+        lines += _with_limit("seeds", case, sides, target, limit, bench, check, f"{note}; {STARTED}", scaled)
     return lines
 
 
@@ -321,10 +366,11 @@ def walk(bench: Bench) -> list[Line]:
             return same("norms of a trial", ours, results["direct port"][0], within=0.01, relative=True)
 
         case, note = f"{len(sizes)} sizes, {trials} trials", f"checkpoint after 1 epoch; {STARTED}"
-        note += "; the limit is of the port's arithmetic, not all of which ours need do"
+        note += "; the limit is the port's arithmetic at the speed of square products, not all of which ours need do"
         sides, part = {"ours": ours, "direct port": port}, (trials, f"1 of {trials} trials")
-        work, scaled = _operations(dataset)[0] * draw_size * len(sizes), {"direct port": part, "GEMM": part}
-        return _with_limit("walk", case, sides, 4, work, bench, check, note, scaled)
+        work, size = _operations(dataset)[0] * draw_size * len(sizes), bench.pick(1024, 128)
+        limit = functools.partial(baselines.gemm, size, max(1, round(work / (2 * size**3))))
+        return _with_limit("walk", case, sides, 4, limit, bench, check, note, {"direct port": part, "limit": part})
 
 
 def per_example(bench: Bench) -> list[Line]:
@@ -533,7 +579,8 @@ def _one_hidden_layer(width: int) -> str:
 
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {
-    "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "blobs-sweep": blobs_sweep, "seeds": seeds,
+    "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "product": product,
+    "blobs-sweep": blobs_sweep, "seeds": seeds,
     "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cluster": cluster_scaling,
     "cost-growth": cost_growth,
 }  # fmt: skip

@@ -37,7 +37,7 @@ class Line:
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     note: str = ""
-    limit: float | None = None  # what the same arithmetic at the speed of a large matrix product would reach
+    limit: float | None = None  # the most that could be reached, measured too; report.py says how
     error: float = 0.0  # standard error of the value; a target within two of it counts as reached
 
     @property
