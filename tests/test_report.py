@@ -190,7 +190,7 @@ def test_the_committed_reference_is_whole_and_small():
         for row in parts.to_dict("records"):
             part = claims.CLAIMS[claim_id].parts[row["part"]]
             assert (row["above"], row["below"], row["rule"]) == (part.low, part.high, part.rule)
-    files = [f for f in report.REFERENCE.rglob("*") if f.is_file()]
+    files = [f for f in report.REFERENCE.rglob("*") if f.is_file() and f.name != "index.html"]  # not committed
     assert all(
         f.stat().st_size <= 150_000 for f in files if f.suffix in (".png", ".svg") and f.parent.name == "figures"
     )

@@ -136,7 +136,7 @@ class _Figures(dict):
 
         def __format__(self, spec: str) -> str:
             half = f" ± {self.half:{spec.lstrip('+')}}" if math.isfinite(self.half) and self.half else ""
-            return f"{self.mean:{spec}}{half}"
+            return f"{self.mean:{spec}}{half}".replace("-", "−", 1 if self.mean < 0 else 0)
 
     def __init__(self, table: pd.DataFrame):
         super().__init__()
@@ -312,7 +312,17 @@ def summary(folder: Path) -> str:
         cells = [claim["statement"], claim["source"], f"{first['part']}: {first['published']}", first["ours [95 %]"]]
         cells = [str(cell).replace("|", "∣") for cell in (*cells, first["n"], _verdict(claim))]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _scales(run)])
+
+
+def _scales(run: Mapping) -> str:
+    """On how much each notebook was run, as its profile says, and on what machine."""
+    words, scales = {"num_train": "images", "epochs": "epochs", "seeds": "seeds"}, {}
+    for one in run["notebooks"]:
+        amounts = [f"{one['parameters'][name]:,} {word}" for name, word in words.items() if name in one["parameters"]]
+        scales.setdefault(", ".join([one.get("dataset") or "no data", *amounts]), []).append(one["name"].split("_")[0])
+    scale = "; ".join(f"{', '.join(numbers)}: {what}" for what, numbers in scales.items())
+    return f"(Notebooks {scale}. On {run['machine']}.)"
 
 
 def _verdict(claim: Mapping) -> str:
