@@ -154,8 +154,8 @@ def _operations(dataset: data.Dataset) -> tuple[int, int]:
 
     Training: forward, gradients by the weights, gradients by the inputs of all layers but the first.
     """
-    first, rest = dataset.train_inputs[0].numel() * 1024, 1024 * 1024 + 1024 * dataset.num_classes
-    return 2 * (2 * first + 3 * rest), 2 * (first + rest)
+    first, *others = [given * out for given, out in itertools.pairwise(_widths(dataset))]
+    return 2 * (2 * first + 3 * sum(others)), 2 * (first + sum(others))
 
 
 def _as_mnist_files(dataset: data.Dataset, root: Path) -> Path:
@@ -196,13 +196,11 @@ def mnist_roofline(bench: Bench) -> list[Line]:
         steps = _split(dataset.num_train, batch_size)
         sides["limit"] = functools.partial(baselines.step_products, _widths(dataset), steps)
         times, peak, products = interleave(f"mnist-roofline, batch {batch_size}", sides, bench.pairs)[0].values()
-        share, limit = (
+        share, reachable = (
             [100 * work / a / (2 * size**3 * repeats / b) for a, b in zip(each, peak)] for each in (times, products)
         )
-        case, seconds = f"batch {batch_size}", {"ours": times, "theirs": peak}
-        limit = statistics.median(limit)
-        line = Line("mnist-roofline", case, "GEMM peak", share, target, "%", **seconds, note=note, limit=limit)
-        lines.append(line)
+        about = {"ours": times, "theirs": peak, "note": note, "limit": statistics.median(reachable)}
+        lines.append(Line("mnist-roofline", f"batch {batch_size}", "GEMM peak", share, target, "%", **about))
     return lines
 
 
@@ -219,10 +217,8 @@ def product(bench: Bench) -> list[Line]:
         def check(results: Mapping) -> str:
             return same("products", results["ours"], results["F.linear"], within=1e-5, relative=True)
 
-        sides, case = (
-            {"ours": side(models.product), "F.linear": side(F.linear)},
-            f"{examples:,} examples × {width} × {width}",
-        )
+        sides = {"ours": side(models.product), "F.linear": side(F.linear)}
+        case = f"{examples:,} examples × {width} × {width}"
         lines += compare("product", case, sides, {"F.linear": 1}, bench.pairs, check, f"{repeats} of each")
     return lines
 
@@ -303,11 +299,10 @@ def seeds(bench: Bench) -> list[Line]:
     share = evaluated / (trained * num_train * epochs + evaluated)
     whole = forward * 70_000 / (trained * 60_000 + forward * 70_000)
     note = f"{epochs} epochs of {num_train:,} images, evaluated at the start and at the end: {share:.0%} of "
-    note += (
-        f"the arithmetic, of an epoch of all of MNIST {whole:.0%}; a job has one thread, so that its result does not "
-    )
-    note += f"depend on the cores: {count} jobs on {cores} take {math.ceil(count / cores)} rounds, and the limit is so "
-    note += "many times what one takes by itself"
+    rounds = math.ceil(count / cores)
+    note += f"the arithmetic, of an epoch of all of MNIST {whole:.0%}; a job has one thread, so that its result does "
+    note += f"not depend on the cores: {count} jobs on {cores} take {rounds} rounds, and the limit is so many times "
+    note += "what one takes by itself"
 
     def in_turn(batch_size: int, seeds: Sequence[int] = range(count)) -> list[float]:
         found = []
@@ -334,7 +329,7 @@ def seeds(bench: Bench) -> list[Line]:
         settings = {"dataset": bench.dataset, "num_train": num_train, "batch_size": batch_size, "lr": LR}
         settings |= {"epochs": epochs, "record_every": epochs}
         sides = {"ours": _sweep([settings], count), "in turn": lambda b=batch_size: functools.partial(in_turn, b)}
-        scaled = {"limit": (math.ceil(count / cores), f"1 of {math.ceil(count / cores)} rounds")}
+        scaled = {"limit": (rounds, f"1 of {rounds} rounds")}
         case, limit = f"{count} seeds, batch {batch_size}", lambda b=batch_size: functools.partial(alone, b)
         lines += _with_limit("seeds", case, sides, target, limit, bench, check, f"{note}; {STARTED}", scaled)
     return lines

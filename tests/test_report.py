@@ -175,6 +175,16 @@ def test_a_reference_is_exported_in_parts(run_folder, tmp_path):
     pd.testing.assert_frame_equal(claims.read(run_folder / "claims.csv"), claims.read(tmp_path / "kept/claims.csv"))
 
 
+def test_the_summary_names_what_each_notebook_was_run_on():
+    small, large = {"seeds": 3, "num_train": 6000, "lr": 0.1}, {"seeds": 5, "num_train": 60_000, "epochs": 30}
+    of = {"02_a": ("mnist", large), "03_b": ("mnist", large), "07_c": ("mnist", small), "01_d": ("", {})}
+    notebooks = [{"name": name, "dataset": dataset, "parameters": p} for name, (dataset, p) in of.items()]
+    assert report._scales({"notebooks": notebooks, "machine": "two cores"}) == (
+        "(Notebooks 02, 03: mnist, 60,000 images, 30 epochs, 5 seeds; 07: mnist, 6,000 images, 3 seeds; 01: no data. "
+        "On two cores.)"
+    )
+
+
 def test_the_readme_holds_the_summary_of_the_committed_reference():
     text = (runs.PROJECT / "README.md").read_text(encoding="utf-8")
     assert report.update(text, report.REFERENCE) == text
