@@ -820,13 +820,15 @@ def fail_above(training, limit, message="DefaultCPUAllocator: can't allocate mem
             raise RuntimeError(message)
 
     next(training.model.layers[0].parameters()).register_hook(backward)
-    by_hand = training.model.head.backward
+    if training.model.closed_form:
+        by_hand = training.model.backpropagate
 
-    def closed_form_backward(delta):
-        backward(delta)
-        return by_hand(delta)
+        def backpropagate(*given):
+            found = by_hand(*given)
+            backward(found)
+            return found
 
-    training.model.head.backward = closed_form_backward
+        training.model.backpropagate = backpropagate
     return training, seen
 
 

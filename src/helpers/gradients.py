@@ -183,14 +183,13 @@ def _step_and_add(
     net: models.Model, inputs: torch.Tensor, targets: torch.Tensor, lr: float, total: dict[str, torch.Tensor], by: float
 ) -> None:
     """Move the weights by −lr·gradient of the minibatch, and what ``total`` has of it by ``by``·gradient."""
-    if net.closed_form:
-        for name, layer, *factors in net.backpropagate(inputs, targets)[1]:
-            weight, bias = f"{name}.weight", f"{name}.bias"
-            if weight in total:
-                layer.add_gradient(total[weight], total[bias], *factors, alpha=by)
-            layer.add_gradient(layer.weight, layer.bias, *factors, alpha=-lr)
-        return
     named = dict(net.named_parameters())
+    if net.closed_form:
+        for factors in net.backpropagate(inputs, targets)[1]:
+            if f"{factors.layer}.weight" in total:
+                factors.add_to(total, alpha=by)
+            factors.add_to(named, alpha=-lr)
+        return
     found = torch.autograd.grad(mean_loss(net(inputs), targets).sum(), list(named.values()))
     with torch.no_grad():
         for (name, p), gradient in zip(named.items(), found):

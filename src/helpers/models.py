@@ -11,7 +11,8 @@ import itertools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from types import EllipsisType
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,13 @@ class Problem(Protocol):
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x·weightᵀ + bias of ``(n, in)`` and ``(out, in)``, by the faster of BLAS and oneDNN; records no graph."""
+    """x·weightᵀ + bias of ``(n, in)`` and ``(out, in)``, by the faster of BLAS and oneDNN; records no graph.
+
+    Of stacks, ``(replicas, n, in)`` and ``(replicas, out, in)``, as one batched product.
+    """
+    if x.dim() == 3:
+        by = weight.transpose(1, 2)
+        return torch.bmm(x, by) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, by)
     (rows, terms), columns = x.shape, len(weight)
     large = rows >= _ONEDNN_ROWS and columns >= _ONEDNN_COLUMNS and terms >= _ONEDNN_TERMS
     if large and _ONEDNN and x.is_cpu and x.dtype == torch.float32:
@@ -62,42 +69,48 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(replicas, out_features))
         self._batched = batched
 
+    def one_by_one(self, x: torch.Tensor) -> bool:
+        """Whether the replicas' inputs ``x`` are multiplied one by one, and not as a stack."""
+        return x.is_cpu and not self._batched
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._batched or not x.is_cpu:
-            return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+        if not self.one_by_one(x):
+            return product(x, self.weight, self.bias)
         multiply = F.linear if torch.is_grad_enabled() else product
         if len(self.weight) == 1:
             return multiply(x.squeeze(0), self.weight.squeeze(0), self.bias.squeeze(0)).unsqueeze(0)
         return torch.stack([multiply(*one) for one in zip(x.unbind(), self.weight.unbind(), self.bias.unbind())])
 
-    def backward(self, delta: torch.Tensor) -> torch.Tensor:
-        """The gradient by the layer's input, of that by its output: ``(replicas, examples, out)`` → ``(…, in)``."""
-        if self._batched or not delta.is_cpu:
-            return torch.bmm(delta, self.weight)
-        if len(self.weight) == 1:
-            return product(delta.squeeze(0), self.weight.squeeze(0).t()).unsqueeze(0)
-        return torch.stack([product(d, w.t()) for d, w in zip(delta.unbind(), self.weight.unbind())])
+
+class Factors(NamedTuple):
+    """What a linear layer's gradient is the product of: by its weight δᵀa, by its bias Σδ.
+
+    δ, ``delta``, is the mean loss's gradient by the layer's outputs ``(examples, out)``, and a, ``given``, its inputs
+    ``(examples, in)``; of one replica, or, with an axis before, of all (``replica`` is ``...``).
+    """
+
+    layer: str
+    replica: int | EllipsisType
+    delta: torch.Tensor
+    given: torch.Tensor
 
     @torch.no_grad()
-    def add_gradient(
-        self, weight: torch.Tensor, bias: torch.Tensor, delta: torch.Tensor, given: torch.Tensor, alpha: float
-    ) -> None:
-        """Add ``alpha`` times the gradient, δᵀa and Σδ, to tensors of the weight's and the bias's shape."""
-        bias.add_(delta.sum(1), alpha=alpha)
-        if self._batched or not delta.is_cpu:
+    def add_to(self, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
+        """Add ``alpha`` times the gradient to tensors of the parameters' names and shapes."""
+        weight, bias = (tensors[f"{self.layer}.{kind}"][self.replica] for kind in ("weight", "bias"))
+        delta, given, examples = self.delta, self.given, self.delta.shape[-2]
+        bias.add_(delta.sum(-2), alpha=alpha)
+        if delta.dim() == 3:
             weight.baddbmm_(delta.transpose(1, 2), given, alpha=alpha)
-            return
-        examples = delta.shape[1]
-        if _ONE_BY_ONE < examples < _FILLED_TO:
-            delta, given = (F.pad(t, (0, 0, 0, _FILLED_TO - examples)) for t in (delta, given))
-        for w, d, a in zip(weight, delta, given):
-            if examples >= _ONEDNN_TERMS:
-                w.add_(product(d.t(), a.t()), alpha=alpha)
-            elif examples > _ONE_BY_ONE:
-                w.addmm_(d.t(), a, alpha=alpha)
-            else:
-                for one in zip(d, a):
-                    w.addr_(*one, alpha=alpha)
+        elif examples >= _ONEDNN_TERMS:
+            weight.add_(product(delta.t(), given.t()), alpha=alpha)
+        elif examples > _ONE_BY_ONE:
+            if examples < _FILLED_TO:
+                delta, given = (F.pad(t, (0, 0, 0, _FILLED_TO - examples)) for t in (delta, given))
+            weight.addmm_(delta.t(), given, alpha=alpha)
+        else:
+            for one in zip(delta, given):
+                weight.addr_(*one, alpha=alpha)
 
 
 class Conv2d(nn.Module):
@@ -192,7 +205,7 @@ def example_losses(logits: torch.Tensor, targets: torch.Tensor, loss: str = "cro
 
 def _loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of the mean loss by the logits, and each example's loss; overwrites ``logits``."""
-    index, examples = targets.unsqueeze(-1), targets.shape[1]
+    index, examples = targets.unsqueeze(-1), targets.shape[-1]
     if loss == "cross_entropy":
         logits = torch.log_softmax(logits, -1)
         losses = -logits.gather(-1, index).squeeze(-1)
@@ -301,26 +314,43 @@ class MLP(Model):
     @torch.no_grad()
     def backpropagate(
         self, x: torch.Tensor, targets: torch.Tensor, loss: str = "cross_entropy"
-    ) -> tuple[torch.Tensor, list[tuple[str, Linear, torch.Tensor, torch.Tensor]]]:
-        """Mean losses ``(replicas,)``, and their gradient as factors: of each linear layer its name, itself, δ and a.
+    ) -> tuple[torch.Tensor, list[Factors]]:
+        """Mean losses ``(replicas,)``, and the gradient of each as factors, layer by layer, the last one first.
 
-        a, its input ``(replicas, examples, in)``, and δ, the mean loss's gradient by its output, make the weight's
-        gradient δᵀa and the bias's Σδ (``Linear.add_gradient``). By hand, not by autograd: at small batches recording
-        a graph takes as long as the arithmetic, and a gradient that goes straight into the weights is never written.
+        By hand, not by autograd: at small batches recording a graph takes as long as the arithmetic, and a gradient
+        that goes straight into the weights is never written.
         """
-        given = [x.flatten(2)]
-        for layer in self.layers:
-            given.append(layer.forward(given[-1]).relu_())
-        delta, losses = _loss_and_slope(self.head.forward(given[-1]), targets, loss)
-        named = [*((f"layers.{i}", layer) for i, layer in enumerate(self.layers)), ("head", self.head)]
-        factors = []
-        for name, layer in reversed(named):
-            a = given.pop()
-            factors.append((name, layer, delta, a))
-            if given:
-                by_input = layer.backward(delta)
-                delta = torch.ops.aten.threshold_backward.grad_input(by_input, a, 0, grad_input=by_input)
-        return losses.mean(1), factors
+        x, names = x.flatten(2), [*(f"layers.{i}" for i in range(len(self.layers))), "head"]
+        layers = [(layer.weight, layer.bias) for layer in (*self.layers, self.head)]
+        if not self.head.one_by_one(x):
+            losses, found = _backpropagate(layers, x, targets, loss)
+            return losses.mean(1), [Factors(name, ..., *each) for name, each in zip(reversed(names), found)]
+        # One by one from here to there: taking each product's replica out of the stack costs as much as a small one.
+        losses, factors = [], []
+        apart = zip(*(zip(weight.unbind(), bias.unbind()) for weight, bias in layers))
+        for replica, (own, inputs, labels) in enumerate(zip(apart, x.unbind(), targets.unbind())):
+            each_loss, found = _backpropagate(own, inputs, labels, loss)
+            losses.append(each_loss)
+            factors += [Factors(name, replica, *each) for name, each in zip(reversed(names), found)]
+        return torch.stack(losses).mean(1), factors
+
+
+def _backpropagate(
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, targets: torch.Tensor, loss: str
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Each example's loss, and δ and a of each layer, the last first: of one replica, or, with an axis before, all."""
+    given = [x]
+    for weight, bias in layers[:-1]:
+        given.append(product(given[-1], weight, bias).relu_())
+    delta, losses = _loss_and_slope(product(given[-1], *layers[-1]), targets, loss)
+    found = []
+    for weight, _ in reversed(layers):
+        a = given.pop()
+        found.append((delta, a))
+        if given:
+            by_input = product(delta, weight.mT)
+            delta = torch.ops.aten.threshold_backward.grad_input(by_input, a, 0, grad_input=by_input)
+    return losses, found
 
 
 class CNN(Model):

@@ -179,9 +179,9 @@ def gram(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor) -> torc
     if not net.closed_form or net.replicas > 1:
         raise ValueError("gram takes one replica of a perceptron without normalisation")
     kernel = torch.zeros(len(inputs), len(inputs), dtype=torch.float64)
-    for _, _, delta, a in net.backpropagate(inputs[None], targets[None])[1]:
-        delta = delta[0] * len(inputs)  # of each example's own loss, not of the mean
-        kernel += ((a[0] @ a[0].T).add_(1) * (delta @ delta.T)).cpu()
+    for factors in net.backpropagate(inputs[None], targets[None])[1]:
+        delta, a = factors.delta.flatten(0, -2) * len(inputs), factors.given.flatten(0, -2)  # of losses, not their mean
+        kernel += ((a @ a.T).add_(1) * (delta @ delta.T)).cpu()
     return kernel
 
 
@@ -246,10 +246,10 @@ def _by_factors(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor):
     n, mean = len(inputs), {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     norms = torch.zeros(net.replicas, n, dtype=torch.float64)
     losses, factors = net.backpropagate(inputs.expand(net.replicas, *inputs.shape), targets.expand(net.replicas, -1))
-    for name, layer, delta, a in factors:
-        layer.add_gradient(mean[f"{name}.weight"], mean[f"{name}.bias"], delta, a, alpha=1.0)
-        of_a, of_delta = (torch.linalg.vector_norm(t, dim=2).cpu().double() for t in (a, delta))
-        norms += (of_a.square() + 1) * (of_delta * n).square()  # of each example's own loss, not of the mean
+    for each in factors:
+        each.add_to(mean, alpha=1.0)
+        of_a, of_delta = (torch.linalg.vector_norm(t, dim=-1).cpu().double() for t in (each.given, each.delta))
+        norms[each.replica] += (of_a.square() + 1) * (of_delta * n).square()  # of each example's own loss, not the mean
     return norms, list(mean.values()), losses.cpu().double()
 
 

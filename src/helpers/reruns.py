@@ -261,10 +261,8 @@ def rerun(
     """
     real, note = runs.resolve(request.profile, request.dataset, lambda dataset: request.points(dataset, folder))
     points = request.points(real, folder)
-    total, jobs = (
-        sum(point.expected for point in points),
-        (os.cpu_count() or 1) if request.jobs is None else request.jobs,
-    )
+    total = sum(point.expected for point in points)
+    jobs = (os.cpu_count() or 1) if request.jobs is None else request.jobs
     side_by_side = max(1, min(len(points), jobs))
     for_each = max(1, jobs // side_by_side) if jobs > 0 else jobs
     environment = runs.environment_for(for_each, None if dry else request.cluster, request.timeout)
@@ -352,10 +350,7 @@ def _run_point(point: Point, out: Path, environment: Mapping[str, str], timeout:
             )  # fmt: skip
         _read(point, out)
         if point.status == "running":
-            point.status, point.error = (
-                "FAILED",
-                f"{_ENDED} {process.returncode}; see {folder / 'log.txt'}",
-            )
+            point.status, point.error = "FAILED", f"{_ENDED} {process.returncode}; see {folder / 'log.txt'}"
     except OSError as error:
         point.status, point.error = "FAILED", f"{error.strerror or error}"
     point.seconds = point.seconds or time.monotonic() - point.started
@@ -490,10 +485,8 @@ def _main_figure(point: Point, out: Path) -> dict[str, str] | None:
     import nbformat
 
     folder = out / "points" / point.name
-    found = (
-        {figure["name"]: figure for figure in pages.figures(folder, point.planned.name)} if point.status == "ok" else {}
-    )
-    if not found:
+    found = {figure["name"]: figure for figure in pages.figures(folder, point.planned.name)}
+    if point.status != "ok" or not found:
         return None
     main = nbformat.read(point.planned.path, as_version=4).metadata.get("companion", {}).get("main_figure")
     figure = found.get(main) or next(iter(found.values()))

@@ -133,7 +133,7 @@ class Training:
         self._losses: list[tuple[int, torch.Tensor]] = []
         self._diverged_at = torch.full((self.model.replicas,), math.nan, dtype=torch.float64)
         self._order_epoch, self._order = -1, torch.empty(0)
-        self._factors: list[tuple] = []  # the last step's gradient, where the model gives it in closed form
+        self._factors: list[models.Factors] = []  # the last step's gradient, where the model gives it in closed form
         self._betas, self._weight_decay = betas, weight_decay
         self._parameters = dict(self.model.named_parameters())
         self._velocity: dict[str, torch.Tensor] = {}  # of SGD with momentum: what has built up of each parameter
@@ -229,8 +229,9 @@ class Training:
             return
         for p in self._parameters.values() if self._factors else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-        for _, layer, *factors in self._factors:
-            layer.add_gradient(layer.weight.grad, layer.bias.grad, *factors, alpha=1.0)
+        gradients = {name: p.grad for name, p in self._parameters.items()}
+        for factors in self._factors:
+            factors.add_to(gradients, alpha=1.0)
         for group in self._adam.param_groups:
             group["lr"] = self._lr
         self._adam.step()
@@ -246,8 +247,8 @@ class Training:
             into[name].mul_(self._momentum)
             if self._weight_decay:
                 into[name].add_(p, alpha=self._weight_decay)
-        for name, layer, *factors in self._factors:
-            layer.add_gradient(into[f"{name}.weight"], into[f"{name}.bias"], *factors, alpha=alpha)
+        for factors in self._factors:
+            factors.add_to(into, alpha)
         for name, p in self._parameters.items():
             if not self._factors:
                 into[name].add_(p.grad, alpha=alpha)
@@ -407,8 +408,8 @@ class Training:
         if not self._factors:
             return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         found = {name: torch.zeros_like(p) for name, p in self.model.named_parameters()}
-        for name, layer, *factors in self._factors:
-            layer.add_gradient(found[f"{name}.weight"], found[f"{name}.bias"], *factors, alpha=1.0)
+        for factors in self._factors:
+            factors.add_to(found, alpha=1.0)
         return found
 
     def minibatch_gradient(self) -> dict[str, torch.Tensor]:
