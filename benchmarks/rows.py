@@ -110,8 +110,8 @@ def _mnist_epoch(bench: Bench, dataset: data.Dataset, root: Path, batch_size: in
     name = f"DataLoader, {workers} workers"
     note = "{:,} training and {:,} test images; ".format(*bench.epoch_sizes) + "for a part of them the DataLoader took "
     note += " and ".join(f"{seconds:.2f} s with {w} workers" for w, seconds in tried.items())
-    chunk, evaluated = bench.pick((2_000, dataset.num_train + len(dataset.test_targets)), (100, 600))
-    steps, chunks = _split(dataset.num_train, batch_size), _split(evaluated, chunk)
+    steps, chunk = _split(dataset.num_train, batch_size), models.Model.evaluation_chunk
+    chunks = [size for n in (dataset.num_train, len(dataset.test_targets)) for size in _split(n, chunk)]
     limit = functools.partial(baselines.step_products, _widths(dataset), steps, chunks)
     sides = {"ours": ours, name: loop(workers, *bench.epoch_sizes)}
 
