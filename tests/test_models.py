@@ -160,6 +160,9 @@ def test_backpropagation_by_hand_equals_autograd_in_float64(hidden, examples, lo
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses, factors = model.backpropagate(x, targets, loss)
     torch.testing.assert_close(losses.double(), expected_losses.detach(), rtol=1e-5, atol=1e-5)
+    replicas = [...] if hidden != [300, 200] else range(3)  # a large network's one by one
+    names = ["head", *(f"layers.{i}" for i in reversed(range(len(hidden))))]
+    assert [(each.replica, each.layer) for each in factors] == [(r, name) for r in replicas for name in names]
     found = {name: torch.ones_like(p) for name, p in before.items()}
     for each in factors:
         each.add_to(found, alpha=-0.5)

@@ -812,7 +812,7 @@ def test_a_sweep_refuses_a_normalisation_that_cannot_be_and_protocols_refuse_any
 
 
 def fail_above(training, limit, message="DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."):
-    """A device that holds the forward pass of ``limit`` examples; more fail when the head has its gradient."""
+    """A device that holds the forward pass of ``limit`` examples; more fail when the gradient is all there."""
     seen = watch_sizes(training)
 
     def backward(gradient):

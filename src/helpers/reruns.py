@@ -485,8 +485,10 @@ def _main_figure(point: Point, out: Path) -> dict[str, str] | None:
     import nbformat
 
     folder = out / "points" / point.name
+    if point.status != "ok":
+        return None
     found = {figure["name"]: figure for figure in pages.figures(folder, point.planned.name)}
-    if point.status != "ok" or not found:
+    if not found:
         return None
     main = nbformat.read(point.planned.path, as_version=4).metadata.get("companion", {}).get("main_figure")
     figure = found.get(main) or next(iter(found.values()))
