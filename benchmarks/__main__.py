@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.rows import ROWS, Bench
 from benchmarks.timing import Skipped
-from helpers import data
+from helpers.problems import data
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -22,7 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from helpers import data, models, processes
+from helpers.engine import kernels as models
+from helpers.problems import data
+from helpers.sweep import processes
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 EVALUATION_BATCH = 1_000  # the test batch of PyTorch's own MNIST example
@@ -337,7 +339,7 @@ def dask_scheduler():
             with distributed.Client(address, set_as_default=False) as client:
                 while len(client.scheduler_info()["workers"]) != number:
                     time.sleep(0.1)
-                client.run(importlib.import_module, "helpers.sweeps")
+                client.run(importlib.import_module, "helpers.sweep.sweeps")
 
         file = Path(folder) / "scheduler.json"
         start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))

@@ -17,7 +17,8 @@ import yaml
 
 from benchmarks.rows import Bench
 from benchmarks.timing import Line
-from helpers import data, plots
+from helpers import plots
+from helpers.problems import data
 
 PACKAGES = ("torch", "torchvision", "numpy", "keras", "tensorflow-cpu", "backpack-for-pytorch", "batch-size-companion")
 

@@ -28,9 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
 from benchmarks.timing import Line, Mismatch, Side, Skipped, compare, interleave, same
-from helpers import cluster, data, fits, gradients, memory, models, noise, sweeps
-from helpers.store import Store, key_of
-from helpers.training import Training
+from helpers.engine import kernels as models
+from helpers.engine.training import Training
+from helpers.measure import fits, gradients, memory, noise
+from helpers.problems import data
+from helpers.sweep import cluster, sweeps
+from helpers.sweep.store import Store, key_of
 
 LR = 0.01  # the write-up's
 NORMALISATION = {"mnist": (0.1307, 0.3081), "digits": (0.3053, 0.3763)}
@@ -444,9 +447,10 @@ def start(bench: Bench) -> list[Line]:
         "the packages": bench.pick("import torch, pandas, seaborn, ipywidgets, IPython.display", "import torch"),
         "import helpers": "import helpers",
         "a notebook's imports": bench.pick(
-            "from helpers import claims, data, plots, runs, sweeps", "from helpers import data"
+            "import companion.runs, helpers.plots, helpers.problems.data, helpers.ledger.claims, helpers.sweep.sweeps",
+            "from helpers.problems import data",
         ),
-        "companion --help": "import sys; from helpers import cli; cli.main(['--help'], standalone_mode=False); "
+        "companion --help": "import sys; from companion import cli; cli.main(['--help'], standalone_mode=False); "
         "print('with torch' if 'torch' in sys.modules else 'without torch')",
     }
 

@@ -177,7 +177,7 @@ def test_the_table_is_markdown_with_a_cell_for_each_column():
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from helpers.cli import main; main(['--help'], standalone_mode=False)"
+    code = "import sys; from companion.cli import main; main(['--help'], standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 

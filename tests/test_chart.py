@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from helpers import chart
+from helpers.live import chart
 
 HOSTILE = "<script>alert('1 & 2')</script> \"quoted\""
 WIDTH, TALL = 394, 140  # of a panel's drawing area: 460 - 52 - 14, and 190 - 26 - 24

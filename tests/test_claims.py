@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from helpers import claims
-from helpers.claims import CLAIMS, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Claim, Ledger, Part
+from helpers.ledger import claims
+from helpers.ledger.claims import CLAIMS, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Claim, Ledger, Part
 
 EXACT = {"dataset": "mnist", "num_train": 60_000, "epochs": 30, "lr": 0.01, "batch_sizes": [64, 256, 1024]}
 

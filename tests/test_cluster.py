@@ -12,8 +12,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from helpers import cluster, reruns, runs, sweeps
-from helpers.store import Store
+from companion import reruns, runs
+from helpers.sweep import cluster, sweeps
+from helpers.sweep.store import Store
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 DASK = [str(Path(sys.executable).parent / "dask")]

@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import make_blobs
 from torchvision import datasets
 
-from helpers import data
+from helpers.problems import data
 
 # name: (magic number, examples, bytes an example)
 IDX_FILES = {

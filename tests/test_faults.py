@@ -22,15 +22,16 @@ import pandas as pd
 import psutil
 import pytest
 
-from helpers import reruns, runs, sweeps
-from helpers.store import Store, StoreError, key_of
+from companion import reruns, runs
+from helpers.sweep import sweeps
+from helpers.sweep.store import Store, StoreError, key_of
 
-COMPANION = [sys.executable, "-c", "from helpers.cli import main; main(prog_name='companion')"]
+COMPANION = [sys.executable, "-c", "from companion.cli import main; main(prog_name='companion')"]
 FAULTS: list[tuple[str, str, str]] = []
 
 # Small, and long enough to be hit in the middle: 12 trainings of about a third of a second each.
 TRAINING = """
-from helpers import sweeps
+from helpers.sweep import sweeps
 settings = sweeps.grid(dict(dataset="digits", model="small_mlp", epochs=20, lr=lr), batch_size=[4, 5, 6, 7, 8, 9])
 frame = sweeps.run(settings, range(seed, seed + 2), jobs=2)
 """
@@ -55,7 +56,7 @@ def notebook(folder, name, *cells):
     nbformat.write(made, folder / f"{name}.ipynb")
 
 
-KEEP = "from helpers import runs\nruns.keep(frame.drop(columns='seconds'), '01_frame', output_dir)"
+KEEP = "from companion import runs\nruns.keep(frame.drop(columns='seconds'), '01_frame', output_dir)"
 
 
 @pytest.fixture
@@ -66,10 +67,10 @@ def project(tmp_path, monkeypatch):
     (folder / "profiles.yml").write_text("quick: {}\nlaptop: {}\n")
     notebook(folder, "01_trains", TRAINING, KEEP)
     notebook(folder, "02_fine", "print(lr)")
-    code = "from helpers import runs, cli\nfrom pathlib import Path\n"
+    code = "from companion import runs, cli\nfrom pathlib import Path\n"
     code += f"folder = Path({str(folder)!r})\nruns.NOTEBOOKS = folder\n"
     code += "runs.plan.__kwdefaults__['folder'] = runs.run.__kwdefaults__['folder'] = folder\n"
-    code += "from helpers import reruns\n"
+    code += "from companion import reruns\n"
     code += "reruns.plan.__kwdefaults__['folder'] = reruns.rerun.__kwdefaults__['folder'] = folder\n"
     code += "cli.main(prog_name='companion')"
     monkeypatch.setattr(sys.modules[__name__], "COMPANION", [sys.executable, "-c", code])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from helpers import fits
+from helpers.measure import fits
 
 
 def test_fit_power_recovers_an_exact_power_law():

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import cli, reruns, runs
-from helpers.store import Store
+from companion import cli, reruns, runs
+from helpers.sweep.store import Store
 
 # Cases of each test; 3,500 in all.
 PARAMETERS, GRIDS, GRID_FILES, PROFILES, STORES, RECORDS, HISTORIES = 1000, 600, 500, 500, 400, 300, 200

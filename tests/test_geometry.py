@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import geometry, models
+from helpers.engine import kernels as models
+from helpers.measure import geometry
 
 
 def moved_model():

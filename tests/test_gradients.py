@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from oracles import mlp_gradient, one_replica
 from scipy import stats
 
-from helpers import data, gradients, models
+from helpers.engine import kernels as models
+from helpers.measure import gradients
+from helpers.problems import data
 
 DIGITS = data.load("digits", num_train=200, device="cpu")
 SPLITS = [1, 2, 3, 5, 7, 8, 64, 96]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from helpers import runs
+from companion import runs
 
 pytestmark = pytest.mark.browser
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers import claims, inference
+from helpers.ledger import claims, inference
 
 RNG = np.random.default_rng(0)
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import data, landscape, models
-from helpers.landscape import Landscape
-from helpers.training import Training
+from helpers.engine import kernels as models
+from helpers.engine.training import Training
+from helpers.measure import landscape
+from helpers.measure.landscape import Landscape
+from helpers.problems import data
 
 BLOBS = data.load("blobs", device="cpu")
 DIGITS = data.load("digits", num_train=200, device="cpu")

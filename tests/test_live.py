@@ -16,8 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import data, live, models
-from helpers.live import Lab, advice
+from helpers.engine import kernels as models
+from helpers.live import lab as live
+from helpers.live.lab import Lab, advice
+from helpers.problems import data
 
 PATIENCE = 60  # seconds after which a test fails instead of hanging
 
@@ -246,7 +248,7 @@ def test_a_new_lab_closes_the_one_before(start):
 def test_a_process_that_leaves_a_lab_playing_ends_well():
     code = """
 import time
-from helpers.live import Lab
+from helpers.live.lab import Lab
 lab = Lab(["blobs"])
 lab.play.click()
 while lab.session.runs[0].training.steps < 50:
@@ -399,7 +401,7 @@ def test_a_dataset_that_cannot_be_had_is_an_alert_and_reset_goes_back(start, mon
     def missing(*args, **kwargs):
         raise data.DataError("no mirror answered")
 
-    monkeypatch.setattr("helpers.session.data.load", missing)
+    monkeypatch.setattr("helpers.live.session.data.load", missing)
     lab.dataset.value = "kmnist"
     with pytest.raises(data.DataError, match="no mirror"):
         lab.session.wait(PATIENCE)

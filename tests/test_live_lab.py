@@ -18,7 +18,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from helpers import runs
+from companion import runs
 
 # One server and one page for the whole module, so one worker for all of it.
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("live_lab")]
@@ -344,7 +344,7 @@ def test_latency_and_draw_rate_are_printed(lab, capsys):
     lab.press("Play")
     for _ in range(2):
         for rate in speeds:
-            lab.python(f"from helpers import live; live.DRAWS_PER_SECOND = {rate}; import time; time.sleep(0.5)")
+            lab.python(f"from helpers.live import lab; lab.DRAWS_PER_SECOND = {rate}; import time; time.sleep(0.5)")
             a, b = lab.value(
                 "[lab.session.runs[0].training.steps, (time.sleep(2), lab.session.runs[0].training.steps)[1]]"
             )

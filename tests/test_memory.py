@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import data, memory, models
-from helpers.training import Training
+from helpers.engine import kernels as models
+from helpers.engine.training import Training
+from helpers.measure import memory
+from helpers.problems import data
 
 DIGITS = data.load("digits", device="cpu")
 SCALAR = 4  # cross-entropy keeps the total weight of the examples, a number
@@ -246,7 +248,8 @@ def test_errors_of_memory_are_told_from_others(error, expected):
 
 FAULTS = """
 import resource, sys, torch
-from helpers import models, processes
+from helpers.engine import kernels as models
+from helpers.sweep import processes
 if sys.argv[1] == "kept":
     processes.keep_freed_memory()
 def faults():

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from oracles import mlp_activations, one_replica
 
-from helpers import geometry, models
+from helpers.engine import kernels as models
+from helpers.measure import geometry
 
 
 def initial_weights(name, input_shape, num_classes, seeds):

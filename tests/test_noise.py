@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from oracles import mlp_gradient, mlp_loss, one_replica, squared_norm
 
-from helpers import data, models, noise, sweeps
-from helpers.store import Store
+from helpers.engine import kernels as models
+from helpers.measure import noise
+from helpers.problems import data
+from helpers.sweep import sweeps
+from helpers.sweep.store import Store
 
 DIGITS = data.load("digits", num_train=60, device="cpu")
 

@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from helpers import claims, data, pages, runs
+from companion import pages, runs
+from helpers.ledger import claims
+from helpers.problems import data
 
 NAMES = sorted(runs.notebooks())
 PROFILES = yaml.safe_load((runs.NOTEBOOKS / "profiles.yml").read_text())

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from helpers import claims, cli, pages, report, runs
+from companion import cli, pages, report, runs
+from helpers.ledger import claims
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import pytest
 import rich.console
 from click.testing import CliRunner
 
-from helpers import cli, reruns, runs
-from helpers.reruns import Point, Request
+from companion import cli, reruns, runs
+from companion.reruns import Point, Request
 
 FRAME = """
 import pandas as pd
-from helpers import runs
+from companion import runs
 runs.keep(pd.DataFrame({"lr": [lr], "x": [seed]}), "01_t", output_dir)
 """
 FIGURES = "from helpers import plots\nimport matplotlib.pyplot as plt\nfor name in ('01_a', '01_b'):\n"
@@ -234,10 +234,10 @@ def test_in_a_terminal_a_live_table_shows_what_runs_is_done_and_is_left(monkeypa
 
 def test_clean_says_what_can_go_and_removes_it_only_when_told(store_folder, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "OUTPUTS", tmp_path / "outputs")
-    from helpers.store import Store
+    from helpers.sweep.store import Store
 
     kept = Store().put({"numerics": 10**6}, pd.DataFrame({"x": [1]}))
-    from helpers import training
+    from helpers.engine import training
 
     monkeypatch.setattr(training, "NUMERICS", 10**6)
     old = Store().put({"numerics": 1}, pd.DataFrame({"x": [1]}))

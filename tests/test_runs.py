@@ -9,9 +9,10 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from helpers import cli, data, pages, runs
+from companion import cli, pages, runs
+from helpers.problems import data
 
-COMPANION = [sys.executable, "-c", "from helpers.cli import main; main()"]
+COMPANION = [sys.executable, "-c", "from companion.cli import main; main()"]
 
 
 PARAMETERS = 'output_dir = "."\nlr = 0.1\nseeds = 3\n'
@@ -154,7 +155,7 @@ def test_without_mnist_and_network_digits_stand_in_and_it_is_said_loudly(tmp_pat
 
 
 def test_the_command_answers_without_importing_torch():
-    code = "import sys, helpers.cli, helpers.runs; sys.exit('torch' in sys.modules)"
+    code = "import sys, companion.cli, companion.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     shown = subprocess.run([*COMPANION, "run", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "--profile" in shown.stdout

@@ -25,11 +25,14 @@ import pytest
 from click.testing import CliRunner
 
 import helpers
-from helpers import cli, data, pages, plots, reruns, runs, sweeps
-from helpers.store import Store
+from companion import cli, pages, reruns, runs
+from helpers import plots
+from helpers.problems import data
+from helpers.sweep import sweeps
+from helpers.sweep.store import Store
 
-COMPANION = [sys.executable, "-c", "from helpers.cli import main; main()"]
-SOURCES = sorted(Path(helpers.__file__).parent.glob("*.py"))
+COMPANION = [sys.executable, "-c", "from companion.cli import main; main()"]
+SOURCES = sorted(Path(helpers.__file__).parent.rglob("*.py"))
 
 # What the code may not do
 

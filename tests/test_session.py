@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import data, noise, trace
-from helpers.session import Session
-from helpers.trace import LIVE, MEASURES, Curve, Run
-from helpers.training import Training
+from helpers.engine.training import Training
+from helpers.live import trace
+from helpers.live.session import Session
+from helpers.live.trace import LIVE, MEASURES, Curve, Run
+from helpers.measure import noise
+from helpers.problems import data
 
 BLOBS = data.load("blobs")
 PATIENCE = 60  # seconds after which a test fails instead of hanging

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from helpers import store as store_module
-from helpers.store import Store, key_of
+from helpers.sweep import store as store_module
+from helpers.sweep.store import Store, key_of
 
 CONTENT = {"model": "shen_mlp", "batch_size": 64.0, "betas": [0.9, 0.999], "num_train": None}
 FRAME = pd.DataFrame({"epochs": [0.0, 1.0], "test_loss": [2.3, np.nan], "label": ["a", "b"], "steps": [0, 938]})

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import data, gradients, landscape, sweeps
-from helpers.store import Store, key_of
-from helpers.training import Training, schedule
+from helpers.engine.training import Training, schedule
+from helpers.measure import gradients, landscape
+from helpers.problems import data
+from helpers.sweep import sweeps
+from helpers.sweep.store import Store, key_of
 
 BLOBS = {"dataset": "blobs", "model": "brownlee_mlp", "batch_size": 100, "lr": 0.05, "epochs": 2}
 STEPS = {**BLOBS, "steps": 40, "record_steps": tuple(range(0, 40, 4))}

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from oracles import mlp_gradient, mlp_loss, one_replica, squared_norm
 
-from helpers import data, geometry, sweeps
-from helpers.training import Schedule, Training, schedule
+from helpers.engine.training import Schedule, Training, schedule
+from helpers.measure import geometry
+from helpers.problems import data
+from helpers.sweep import sweeps
 
 BLOBS = data.load("blobs", device="cpu")
 DIGITS = data.load("digits", device="cpu")
@@ -877,8 +879,8 @@ def test_an_error_that_is_not_of_memory_is_not_hidden():
 LITTLE_MEMORY = """
 import resource, warnings
 import torch
-from helpers import data
-from helpers.training import Training
+from helpers.problems import data
+from helpers.engine.training import Training
 
 torch.set_num_threads(1)
 digits = data.load("digits", device="cpu")

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from helpers import cli, report, sweeps, verify
+from companion import cli, report, verify
+from helpers.sweep import sweeps
 
 
 @pytest.fixture

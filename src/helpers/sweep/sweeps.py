@@ -26,9 +26,12 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from helpers import cluster, data, geometry, gradients, landscape, models, noise, processes
-from helpers.store import Store, key_of
-from helpers.training import NUMERICS, Schedule, Training, check_batch_size, check_lr, check_optimizer
+from helpers.engine import kernels as models
+from helpers.engine.training import NUMERICS, Schedule, Training, check_batch_size, check_lr, check_optimizer
+from helpers.measure import geometry, gradients, landscape, noise
+from helpers.problems import data
+from helpers.sweep import cluster, processes
+from helpers.sweep.store import Store, key_of
 
 DEFAULTS = {
     "dataset": "mnist", "num_train": None, "subset_seed": 0, "model": "shen_mlp",

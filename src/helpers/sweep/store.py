@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 FILES = ("frame.parquet", "arrays.npz")
 ABANDONED = 3600.0  # seconds without a change after which what a writer left unfinished counts as left behind
 

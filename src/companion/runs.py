@@ -23,7 +23,8 @@ from unittest import mock
 
 import yaml
 
-from helpers import pages, processes
+from companion import pages
+from helpers.sweep import processes
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = PROJECT / "notebooks"
@@ -156,7 +157,8 @@ def _typed(notebook: str, name: str, value: object, default: object) -> object:
 
 def _check_values(notebook: str, values: Mapping[str, object]) -> None:
     """Refuse what training would refuse, by the names parameters have throughout, before anything starts."""
-    from helpers import data, training
+    from helpers.engine import training
+    from helpers.problems import data
 
     dataset = values.get("dataset", "blobs")
     if dataset not in data.TRAIN_SIZES and dataset != "auto":
@@ -241,7 +243,7 @@ def resolve(profile: str, dataset: str, check=lambda dataset: None) -> tuple[str
     if dataset == "auto" and profile == "quick":
         dataset = "digits"  # the tests' profile: it asks for no network
     check(dataset)
-    from helpers import data
+    from helpers.problems import data
 
     try:
         return data.resolve(dataset)
@@ -256,7 +258,7 @@ def environment_for(jobs: int | None, cluster: str | None, timeout: int | None) 
             raise BadInput(f"{name} is {value}; expected at least 1")
     environment = {"COMPANION_JOBS": str(jobs)} if jobs is not None else {}
     if cluster is not None:
-        from helpers.cluster import ClusterError, device_type
+        from helpers.sweep.cluster import ClusterError, device_type
 
         try:
             device_type(cluster)
@@ -376,7 +378,8 @@ def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path
     """Write claims.csv, run.json and the report."""
     import pandas as pd
 
-    from helpers import claims, report
+    from companion import report
+    from helpers.ledger import claims
 
     tables = [claims.read(f) for f in sorted((out / "claims").glob("*.csv"))]
     if tables:
@@ -393,7 +396,7 @@ def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path
 
 
 def _verdicts(out: Path, notebook: str) -> str:
-    from helpers import claims
+    from helpers.ledger import claims
 
     file = out / "claims" / f"{notebook}.csv"
     if not file.exists():

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from helpers import claims, data, inference, sweeps
-from helpers.store import Store
+from helpers.ledger import claims, inference
+from helpers.problems import data
+from helpers.sweep import sweeps
+from helpers.sweep.store import Store
 
 # Of each reference table, the epoch up to which a run of minutes can follow it.
 CHEAP = {"01_sweep": 200, "02_history": 2}

@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers import data, models
-from helpers.trace import LIVE, Move, Run
-from helpers.training import OPTIMIZERS, Training, check_batch_size, check_lr, check_optimizer
+from helpers.engine import kernels as models
+from helpers.engine.training import OPTIMIZERS, Training, check_batch_size, check_lr, check_optimizer
+from helpers.live.trace import LIVE, Move, Run
+from helpers.problems import data
 
 _BURST = 0.02  # seconds of steps between two looks at the clock
 _MEASURING = 1 / 16  # of the time goes into measures, more only where one takes longer than a tenth of a second
@@ -156,7 +157,7 @@ class Session:
     def code(self) -> str:
         """A cell that repeats the session (the pinned run too) without a slider."""
         names = ("training", "pinned")
-        head = "import torch\n\nfrom helpers import data\nfrom helpers.training import Training\n\n"
+        head = "import torch\n\nfrom helpers.problems import data\nfrom helpers.engine.training import Training\n\n"
         head += f"torch.set_num_threads({self.threads})  # as the session had: sums are the same to the bit\n\n"
         return head + "\n\n".join(run.code(name) for name, run in zip(names, self.runs))
 

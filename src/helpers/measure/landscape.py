@@ -15,7 +15,8 @@ import torch
 from scipy import optimize
 from scipy.sparse import linalg as sparse_linalg
 
-from helpers import data, models
+from helpers.engine import kernels as models
+from helpers.problems import data
 
 _CHUNK = 5_000  # examples a pass, so that memory is flat in their number
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import joblib
 
-from helpers import data
+from helpers.problems import data
 
 PATIENCE = 10.0  # seconds within which the scheduler must answer, and a first worker be there
 

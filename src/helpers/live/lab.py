@@ -23,11 +23,13 @@ import pandas as pd
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
-from helpers import chart, models, plots
-from helpers.chart import number, tag
-from helpers.session import Session
-from helpers.trace import AXES, Move, Run
-from helpers.training import OPTIMIZERS
+from helpers import plots
+from helpers.engine import kernels as models
+from helpers.engine.training import OPTIMIZERS
+from helpers.live import chart
+from helpers.live.chart import number, tag
+from helpers.live.session import Session
+from helpers.live.trace import AXES, Move, Run
 
 DRAWS_PER_SECOND = 6
 _PACES = {"1 epoch a second": 1.0, "5 epochs a second": 5.0, "25 epochs a second": 25.0, "as fast as it goes": 0.0}

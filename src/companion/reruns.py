@@ -21,9 +21,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from helpers import pages, processes, runs
-from helpers.runs import BadInput
-from helpers.store import key_of
+from companion import pages, runs
+from companion.runs import BadInput
+from helpers.sweep import processes
+from helpers.sweep.store import key_of
 
 MOST_POINTS = 10_000
 STARTING = 6.0  # seconds of a notebook that do not grow with its parameters: its kernel and its imports
@@ -156,7 +157,7 @@ def _name(values: Mapping[str, object]) -> str:
 
 def _code() -> str:
     """The checksum of the helpers: what they compute may differ from version to version."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted((Path(__file__).parents[1]).rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -344,7 +345,7 @@ def _run_point(point: Point, out: Path, environment: Mapping[str, str], timeout:
         work = {"name": point.planned.name, "path": str(point.planned.path), "parameters": point.planned.parameters}
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
             process = subprocess.run(
-                [sys.executable, "-m", "helpers.reruns", str(folder), str(timeout or 0), point.key],
+                [sys.executable, "-m", "companion.reruns", str(folder), str(timeout or 0), point.key],
                 input=json.dumps(work), text=True, stdout=log, stderr=subprocess.STDOUT, check=False,
                 env={**os.environ, **environment, "OMP_NUM_THREADS": environment["COMPANION_JOBS"]},
             )  # fmt: skip
@@ -437,7 +438,7 @@ def collect(points: Sequence[Point], out: Path, about: Mapping[str, object]) -> 
 
     import pandas as pd
 
-    from helpers import claims
+    from helpers.ledger import claims
 
     done, tables, ledgers = [point for point in points if point.status == "ok"], [], []
     for point in done:

@@ -36,7 +36,7 @@ def render(template: str, **values: object) -> str:
     """A page from one of the package's templates; every value is escaped."""
     import jinja2
 
-    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "templates" / template).read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text).render(**values)
 
 

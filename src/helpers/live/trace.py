@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from helpers import noise
-from helpers.training import Training
+from helpers.engine.training import Training
+from helpers.measure import noise
 
 AXES = ("examples_seen", "steps", "seconds")
 MEASURES = ("test_loss", "test_accuracy", "gradient_norm", "gradient_noise_scale")

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers import claims, data, inference, pages
+from companion import pages
+from helpers.ledger import claims, inference
+from helpers.problems import data
 
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
 CARRYING = ("02_three_axes", "03_walk_and_frozen", "05_switching")  # the three figures of the first screen

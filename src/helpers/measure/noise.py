@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from helpers import data, models
+from helpers.engine import kernels as models
+from helpers.problems import data
 
 _CHUNK = 1_000  # examples a pass over a population, so that memory is flat in their number
 _GRADIENT_BYTES = 2**26  # of the gradients that `torch.func` holds at a time, example by example

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from helpers import __version__
+from companion import __version__
 
 PROFILE = click.option(
     "--profile", default="laptop", show_default=True, help="Values: quick, laptop, paper, reference."
@@ -39,7 +39,8 @@ def main() -> None:
 @contextlib.contextmanager
 def _one_line_errors():
     """Bad input ends with 2, a full or read-only disk with 1, Ctrl-C with 130; each says one line and what to do."""
-    from helpers import processes, runs
+    from companion import runs
+    from helpers.sweep import processes
 
     try:
         with processes.interruptible():
@@ -69,7 +70,7 @@ def _one_line_errors():
 @PAIRS
 def run(profile, dataset, only, jobs, cluster, timeout, out, pairs) -> None:
     """Execute the notebooks and write an index page with every figure and verdict."""
-    from helpers import runs
+    from companion import runs
 
     with _one_line_errors():
         names, given = [name.strip() for name in only.split(",") if name.strip()], runs.parse_given(pairs)
@@ -98,7 +99,7 @@ def run(profile, dataset, only, jobs, cluster, timeout, out, pairs) -> None:
 @PAIRS
 def rerun(notebook, grids, profile, dataset, jobs, cluster, timeout, out, resume, dry, pairs) -> None:
     """Execute one NOTEBOOK at every point of a grid of its parameters, and compare them on a page."""
-    from helpers import reruns, runs
+    from companion import reruns, runs
 
     with _one_line_errors():
         if resume and out is None:
@@ -117,8 +118,8 @@ def rerun(notebook, grids, profile, dataset, jobs, cluster, timeout, out, resume
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
 def status(folder: Path | None) -> None:
     """What a rerun's FOLDER holds: what is done, failed and left; without it, the store of trained runs."""
-    from helpers import reruns, runs
-    from helpers.store import Store, size
+    from companion import reruns, runs
+    from helpers.sweep.store import Store, size
 
     with _one_line_errors():
         if folder is None:
@@ -144,9 +145,9 @@ def status(folder: Path | None) -> None:
 @click.option("--runs", "old", is_flag=True, help="Also all runs and reruns under outputs/ but the newest of each.")
 def clean(yes: bool, old: bool) -> None:
     """What can go: damaged results set aside, what killed processes left, results that no present version reads."""
-    from helpers import runs
-    from helpers.store import Store, Waste, remove, size
-    from helpers.training import NUMERICS
+    from companion import runs
+    from helpers.engine.training import NUMERICS
+    from helpers.sweep.store import Store, Waste, remove, size
 
     with _one_line_errors():
         waste = Store().waste({"numerics": NUMERICS})
@@ -171,8 +172,8 @@ def clean(yes: bool, old: bool) -> None:
 @click.option("--readme", type=click.Path(path_type=Path), default=None, help="Make this README's summary of it anew.")
 def report(folder: Path, file: Path | None, into: Path | None, readme: Path | None) -> None:
     """Write the report of a RUN's folder again: the answer, the ledger, the notebooks, in one page."""
-    from helpers import pages, runs
-    from helpers import report as reports
+    from companion import pages, runs
+    from companion import report as reports
 
     with _one_line_errors():
         try:
@@ -194,8 +195,8 @@ def verify(jobs: int | None, cluster: str | None) -> None:
     """Train the cheap part of the committed reference again: does this machine agree within the intervals?"""
     from unittest import mock
 
-    from helpers import report as reports
-    from helpers import runs, verify
+    from companion import report as reports
+    from companion import runs, verify
 
     with _one_line_errors(), mock.patch.dict(os.environ, runs.environment_for(jobs, cluster, None)):
         try:
@@ -214,7 +215,7 @@ def lab(arguments: tuple[str, ...]) -> None:
     """JupyterLab at the first notebook, on this machine alone and behind a token; ARGUMENTS (after --) go to it."""
     from jupyterlab.labapp import LabApp
 
-    from helpers import runs
+    from companion import runs
 
     root = ["--allow-root"] if hasattr(os, "getuid") and os.getuid() == 0 else []
     # In this process, so that Ctrl-C is Jupyter's: it asks, and ends its kernels.

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 
 # The training sets' sizes, known without reading them, so that a batch size can be refused before anything starts.
 TEST_SIZES = {"mnist": 10_000, "fashion_mnist": 10_000, "kmnist": 10_000, "digits": 500, "blobs": 500}

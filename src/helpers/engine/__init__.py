@@ -1,0 +1,1 @@
+"""The training loop and its fast paths. Stands on problems."""

@@ -1,0 +1,1 @@
+"""Claims, the rules that judge them, and inference from few seeds."""

@@ -1,0 +1,1 @@
+"""Measurements at fixed weights: gradients, noise, geometry, memory. Stands on engine."""
