@@ -1,3 +1,16 @@
-"""Helpers of the batch-size companion: one flat module a noun; importing the package imports no other library."""
+"""What a notebook imports. Importing the package imports no other library; its names are loaded when asked for."""
 
-__version__ = "0.1.0"
+import importlib
+
+_HOMES = {
+    **dict.fromkeys(("Dataset", "Net", "Problem", "Solution"), "helpers.problems"),
+    "Training": "helpers.engine.training", "schedule": "helpers.engine.schedules",
+    "Lab": "helpers.live", "Book": "helpers.book",
+}  # fmt: skip
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'helpers' has no attribute {name!r}")

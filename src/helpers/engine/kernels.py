@@ -1,22 +1,23 @@
-"""Small models that hold a stack of replicas, one per seed: every weight has a leading replica axis.
+"""Hand-written fast paths of the built-in nets: a stack of replicas in one module, and backpropagation by hand.
 
-A forward pass maps ``(replicas, examples, *input_shape)`` to logits ``(replicas, examples, classes)``. Replicas never
-mix, so the gradient of the summed losses is each replica's own, and an optimizer of torch works on the stack as it is.
-None has dropout, nor, unless ``norm`` asks for it, a normalisation: batch statistics would confound the batch size.
+Every weight has a leading replica axis. A forward pass maps ``(replicas, examples, *input_shape)`` to logits
+``(replicas, examples, classes)``; replicas never mix. ``KERNELS`` maps a net's module class to its fast path.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from helpers.problems import nets
+from helpers.problems.nets import parts
+from helpers.problems.problem import LOSSES, squared_error
 
 # On a CPU, replicas of a network with fewer parameters share a step's overhead: one batched product serves them all.
 # Those of a larger one are multiplied one by one, which runs up to twice as fast, and gives each the result that it has
@@ -35,14 +36,6 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 # waits for the system to hand out the same pages again: at batch 1024, 40 % of its time. It keeps blocks up to the
 # largest that it has seen freed, which is this one; never touched, it takes no memory.
 torch.empty(8_000_000)
-
-
-class Problem(Protocol):
-    """What a model must know of a dataset."""
-
-    input_shape: tuple[int, ...]
-    num_classes: int
-    device: torch.device
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -178,35 +171,23 @@ class GroupNorm(_Norm):
 
     def __init__(self, replicas: int, channels: int):
         super().__init__(replicas, channels)
-        self.groups = max((g for g in range(1, 9) if channels % (2 * g) == 0), default=1)
+        self.groups = nets.groups(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(x, len(self.weight) * self.groups, self.weight.flatten(), self.bias.flatten())
 
 
-LOSSES = ("cross_entropy", "squared")
+def example_losses(logits: torch.Tensor, targets: torch.Tensor, loss: Callable = F.cross_entropy) -> torch.Tensor:
+    """Each example's loss ``(replicas, examples)``, of logits ``(replicas, examples, classes)``."""
+    if loss is squared_error:
+        return squared_error(logits, targets)
+    return F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none").view(targets.shape)
 
 
-def check_loss(loss: object) -> None:
-    """ValueError unless it is one of ``LOSSES``."""
-    if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; choose one of: {', '.join(LOSSES)}")
-
-
-def example_losses(logits: torch.Tensor, targets: torch.Tensor, loss: str = "cross_entropy") -> torch.Tensor:
-    """Each example's loss: logits ``(replicas, examples, classes)`` and targets ``(replicas, examples)`` → their shape.
-
-    ``"squared"`` is half the squared distance to the one-hot target (Cohen 2021).
-    """
-    if loss == "cross_entropy":
-        return F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none").view(targets.shape)
-    return (logits - F.one_hot(targets, logits.shape[-1])).square().sum(-1) / 2
-
-
-def _loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, loss: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of the mean loss by the logits, and each example's loss; overwrites ``logits``."""
     index, examples = targets.unsqueeze(-1), targets.shape[-1]
-    if loss == "cross_entropy":
+    if loss is F.cross_entropy:
         logits = torch.log_softmax(logits, -1)
         losses = -logits.gather(-1, index).squeeze(-1)
         slope = logits.exp_()
@@ -216,56 +197,21 @@ def _loss_and_slope(logits: torch.Tensor, targets: torch.Tensor, loss: str) -> t
     return slope.div_(examples), losses
 
 
-NORMS = ("none", "batch", "group")
-
-
-def parts(examples: int, size: int) -> list[int]:
-    """The sizes of consecutive parts of ``size`` examples, the last one shorter.
-
-    A rest of a single example, which has no variance, joins the part before.
-    """
-    size = min(size, examples)
-    count, rest = divmod(examples, size)
-    if rest == 1 and size > 1:
-        return [size] * (count - 1) + [size + 1]
-    return [size] * count + [rest] * (rest > 0)
-
-
-def check_norm(norm: object, norm_batch_size: object) -> None:
-    """ValueError unless ``norm`` is one of ``NORMS``, and ``norm_batch_size`` None or, for batch, at least 2."""
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; choose one of: {', '.join(NORMS)}")
-    if norm_batch_size is None:
-        return
-    if norm != "batch":
-        raise ValueError(f"norm_batch_size is {norm_batch_size!r} with norm={norm!r}; only norm='batch' takes one")
-    if not isinstance(norm_batch_size, numbers.Real) or not norm_batch_size >= 2 or norm_batch_size % 1:
-        raise ValueError(
-            f"norm_batch_size is {norm_batch_size!r}; expected a whole number of examples from 2 on (one has no "
-            "variance), or None for the whole minibatch"
-        )
-
-
 class Model(nn.Module):
     """A classifier in two parts: ``features(x)`` (all but the last layer) and ``head`` (the last, linear, layer)."""
 
+    layers: nn.ModuleList
     head: Linear
     closed_form = False  # whether there is ``backpropagate``
-    multiply_adds: int  # of one example's forward pass, to tell long jobs from short
     evaluation_chunk = 1_000  # examples a forward pass, so that a CPU's cache holds the activations
 
-    def __init__(self):
+    def __init__(self, replicas: int, net: nets.Classifier):
         super().__init__()
-        self.norms = nn.ModuleList()  # one after each of ``layers``, before its ReLU; or none at all
+        self.norms = nn.ModuleList(_norm(replicas, norm) for norm in net.norms)
 
     @property
     def replicas(self) -> int:
         return len(self.head.weight)
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights and biases of one replica."""
-        return sum(p[0].numel() for p in self.parameters())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
@@ -274,13 +220,13 @@ class Model(nn.Module):
     def restore(self, weights: Mapping[str, torch.Tensor]) -> Model:
         """Take over ``weights`` by name, each with its replica axis; a single replica's go to every replica.
 
-        Raises ValueError unless the names are the model's: weights trained with a ``norm`` need a model with it.
+        Raises ValueError unless the names are the model's.
         """
         own = dict((*self.named_parameters(), *self.named_buffers()))
         if set(own) != set(weights):
             differ = ", ".join(sorted(set(own) ^ set(weights)))
             raise ValueError(
-                f"these weights are of another model: {differ} on one side alone; build it with their norm"
+                f"these weights are of another model: {differ} on one side alone; give the problem they were trained on"
             )
         for name, tensor in own.items():
             tensor.copy_(weights[name].expand_as(tensor))
@@ -290,12 +236,12 @@ class Model(nn.Module):
 class MLP(Model):
     """A multilayer perceptron with ReLU; ``layers`` before the head."""
 
-    def __init__(self, replicas: int, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int]):
-        super().__init__()
-        widths = [math.prod(input_shape), *hidden, num_classes]
-        self.multiply_adds = sum((i + 1) * o for i, o in zip(widths, widths[1:]))
+    def __init__(self, replicas: int, net: nets.MLP):
+        super().__init__(replicas, net)
+        linear = [*net.layers, net.head]
+        self.multiply_adds = sum((layer.in_features + 1) * layer.out_features for layer in linear)
         batched = self.multiply_adds < BATCHED_BELOW
-        *layers, self.head = (Linear(replicas, i, o, batched) for i, o in zip(widths, widths[1:]))
+        *layers, self.head = (Linear(replicas, layer.in_features, layer.out_features, batched) for layer in linear)
         self.layers = nn.ModuleList(layers)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -313,7 +259,7 @@ class MLP(Model):
 
     @torch.no_grad()
     def backpropagate(
-        self, x: torch.Tensor, targets: torch.Tensor, loss: str = "cross_entropy"
+        self, x: torch.Tensor, targets: torch.Tensor, loss: Callable = F.cross_entropy
     ) -> tuple[torch.Tensor, list[Factors]]:
         """Mean losses ``(replicas,)``, and the gradient of each as factors, layer by layer, the last one first.
 
@@ -336,7 +282,7 @@ class MLP(Model):
 
 
 def _backpropagate(
-    layers: Sequence[tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, targets: torch.Tensor, loss: str
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, targets: torch.Tensor, loss: Callable
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Each example's loss, and δ and a of each layer, the last first: of one replica, or, with an axis before, all."""
     given = [x]
@@ -358,12 +304,11 @@ class CNN(Model):
 
     evaluation_chunk = 100
 
-    def __init__(self, replicas: int, input_shape: Sequence[int], num_classes: int):
-        super().__init__()
-        channels, height, width = input_shape
-        self.layers = nn.ModuleList([Conv2d(replicas, channels, 16, 3), Conv2d(replicas, 16, 32, 3)])
-        self.head = Linear(replicas, 32 * (height // 4) * (width // 4), num_classes, batched=False)
-        self.multiply_adds = height * width * 9 * (16 * channels + 16 * 32 // 4)
+    def __init__(self, replicas: int, net: nets.CNN):
+        super().__init__(replicas, net)
+        convolutions = ((c.in_channels, c.out_channels, c.kernel_size[0]) for c in net.layers)
+        self.layers = nn.ModuleList(Conv2d(replicas, *shape) for shape in convolutions)
+        self.head = Linear(replicas, net.head.in_features, net.head.out_features, batched=False)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         replicas, examples = x.shape[:2]
@@ -376,68 +321,15 @@ class CNN(Model):
         return x.view(examples, replicas, -1).transpose(0, 1)
 
 
-def _he_uniform_then_xavier_uniform(model: Model, replica: int, generator: torch.Generator) -> None:
-    for layer in model.layers:
-        nn.init.kaiming_uniform_(layer.weight[replica], nonlinearity="relu", generator=generator)
-    nn.init.xavier_uniform_(model.head.weight[replica], generator=generator)
+def _norm(replicas: int, norm: nn.Module) -> _Norm:
+    if isinstance(norm, nets.GhostBatchNorm):
+        return BatchNorm(replicas, len(norm.weight), norm.norm_batch_size)
+    return GroupNorm(replicas, norm.num_channels)
 
 
-def _xavier_normal(model: Model, replica: int, generator: torch.Generator) -> None:
-    for layer in (*model.layers, model.head):
-        nn.init.xavier_normal_(layer.weight[replica], generator=generator)
+KERNELS: dict[type[nn.Module], type[Model]] = {nets.MLP: MLP, nets.CNN: CNN}
 
 
-# name: (architecture, initialisation of the weights; biases start at 0)
-MODELS = {
-    "brownlee_mlp": (lambda *a: MLP(*a, hidden=[50]), _he_uniform_then_xavier_uniform),
-    "small_mlp": (lambda *a: MLP(*a, hidden=[128]), _he_uniform_then_xavier_uniform),
-    "shen_mlp": (lambda *a: MLP(*a, hidden=[1024, 1024]), _xavier_normal),
-    "keskar_mlp": (lambda *a: MLP(*a, hidden=[512] * 5), _he_uniform_then_xavier_uniform),
-    "plain_cnn": (CNN, _he_uniform_then_xavier_uniform),
-}
-
-
-def build(
-    name: str,
-    input_shape: Sequence[int],
-    num_classes: int,
-    seeds: Sequence[int],
-    device: torch.device | str = "cpu",
-    norm: str = "none",
-    norm_batch_size: int | None = None,
-) -> Model:
-    """A model with one replica per seed, whose initial weights depend on that seed alone (drawn on the CPU).
-
-    ``brownlee_mlp``: 50 hidden units, He uniform, head Xavier uniform (Brownlee 2019). ``shen_mlp``: 1024-1024, Xavier
-    normal, gain 1 (Shen 2018). ``keskar_mlp``: five layers of 512, the F1 of Keskar 2016. ``small_mlp``: 128 hidden
-    units, for hundreds of runs; it, ``keskar_mlp`` and ``plain_cnn`` (two convolutions) start as ``brownlee_mlp``.
-    ``norm``: a normalisation after each hidden layer, before its ReLU: ``"batch"``, over the minibatch or over ghost
-    batches of ``norm_batch_size`` examples, or ``"group"``; it leaves the initial weights of the layers as they are.
-    Raises ValueError for an unknown name or norm, or for inputs that are not images where a CNN needs them.
-    """
-    check_norm(norm, norm_batch_size)
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose one of: {', '.join(MODELS)}")
-    if name == "plain_cnn" and len(input_shape) != 3:
-        raise ValueError(f"plain_cnn needs images (channels, height, width); this dataset's inputs are {input_shape}")
-    architecture, initialise = MODELS[name]
-    model = architecture(len(seeds), input_shape, num_classes)
-    with torch.no_grad():
-        for replica, seed in enumerate(seeds):
-            initialise(model, replica, torch.Generator().manual_seed(seed))
-    for layer in model.layers if norm != "none" else ():
-        shape = layer.bias.shape  # (replicas, channels)
-        model.norms.append(GroupNorm(*shape) if norm == "group" else BatchNorm(*shape, norm_batch_size))
-    return model.to(device)
-
-
-def restored(
-    name: str,
-    dataset: Problem,
-    weights: Mapping[str, torch.Tensor],
-    replicas: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> Model:
-    """A model for a dataset with ``weights``, one replica's by name with a replica axis of 1, in all its replicas."""
-    net = build(name, dataset.input_shape, dataset.num_classes, [0] * replicas, dataset.device)
-    return net.to(dtype).restore(weights)
+def fast_path(net: nn.Module, loss: Callable) -> type[Model] | None:
+    """Return the fast path of a module's very class with this loss; None where there is none."""
+    return KERNELS.get(type(net)) if loss in LOSSES.values() else None

@@ -1,43 +1,43 @@
-"""Datasets as tensors in memory, normalised, on the device; and the seeded order of their examples."""
+"""Built-in problems by name: blobs, digits, MNIST and its relatives × the nets of ``nets``.
+
+Names stand in the command line, in parameters cells and here; everything else takes objects.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import http.client
+import importlib
 import os
-import queue
-import shutil
-import socket
 import struct
+import sys
 import tempfile
 import threading
 import time
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from helpers.problems import nets
+from helpers.problems.dataset import DataError, Tensors, pick_device
+from helpers.problems.net import Net
+from helpers.problems.problem import LOSSES, Problem
+
 PROJECT = Path(__file__).resolve().parents[3]
 
-# The training sets' sizes, known without reading them, so that a batch size can be refused before anything starts.
+# Sizes known without reading the data, so that a batch size can be refused before anything starts.
 TEST_SIZES = {"mnist": 10_000, "fashion_mnist": 10_000, "kmnist": 10_000, "digits": 500, "blobs": 500}
 TRAIN_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "kmnist": 60_000, "digits": 1_297, "blobs": 500}
 
-# Mean and standard deviation of the training pixels in [0, 1]. MNIST's are the two numbers of the write-up.
-_NORMALISATION = {"mnist": (0.1307, 0.3081), "fashion_mnist": (0.2860, 0.3530), "kmnist": (0.1918, 0.3483)}
-
-# Its own mirrors are in part plain HTTP, and its downloader falls back to that: these are asked instead (see _fetch).
-_MIRRORS = {
-    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/"],
-    "fashion_mnist": ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
-    "kmnist": ["https://codh.rois.ac.jp/kmnist/dataset/kmnist/"],
-}
+# Largest value, and mean and standard deviation of the training pixels in [0, 1]. MNIST's are the write-up's.
+_SCALES = {
+    "mnist": (255.0, 0.1307, 0.3081), "fashion_mnist": (255.0, 0.2860, 0.3530), "kmnist": (255.0, 0.1918, 0.3483),
+    "digits": (16.0, 0.3053, 0.3763), "blobs": (1.0, 0.0, 1.0),
+}  # fmt: skip
 
 # torchvision verifies the archives only; these are the unpacked files of the original MNIST.
 _MNIST_MD5 = {
@@ -48,52 +48,65 @@ _MNIST_MD5 = {
 }
 
 
-class DataError(RuntimeError):
-    """A dataset that is missing, damaged or cannot be had; the message names the files and the way out."""
+def named(
+    dataset: str = "mnist",
+    model: str = "shen_mlp",
+    *,
+    num_train: int | None = None,
+    subset_seed: int = 0,
+    norm: str = "none",
+    norm_batch_size: int | None = None,
+    loss: str = "cross_entropy",
+    device: str | torch.device | None = None,
+) -> Problem:
+    """Make a built-in problem from names.
 
+    dataset: ``"mnist"``, ``"fashion_mnist"``, ``"kmnist"``, ``"digits"``, ``"blobs"``, or ``"auto"``.
+    model: one of ``nets.NETS``.
+    num_train, subset_seed: see ``load``.
+    norm: ``"batch"`` or ``"group"`` after each hidden layer, before its ReLU; ``"none"`` by default.
+    norm_batch_size: examples that share batch statistics; None for the whole minibatch.
+    loss: ``"cross_entropy"`` or ``"squared"``.
+    Raises ValueError for an unknown name, or inputs that the net cannot take; DataError for data that cannot be had.
 
-@dataclass(frozen=True)
-class Dataset:
-    """A classification problem in memory.
-
-    Inputs are float32 ``(examples, *input_shape)``, normalised; targets int64 ``(examples,)``; all on one device.
-    ``fingerprint`` identifies the content (subset included), whatever the device.
+    >>> named("blobs", "brownlee_mlp").num_train
+    500
     """
-
-    name: str
-    train_inputs: torch.Tensor
-    train_targets: torch.Tensor
-    test_inputs: torch.Tensor
-    test_targets: torch.Tensor
-    num_classes: int
-    fingerprint: str
-
-    @property
-    def num_train(self) -> int:
-        return len(self.train_targets)
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return tuple(self.train_inputs.shape[1:])
-
-    @property
-    def device(self) -> torch.device:
-        return self.train_inputs.device
-
-    @property
-    def description(self) -> str:
-        """What a figure's caption says of the data."""
-        name = "digits (8×8, not MNIST)" if self.name == "digits" else self.name
-        return f"{name}, {self.num_train:,} training and {len(self.test_targets):,} test examples"
+    if model not in nets.NETS:
+        raise ValueError(f"unknown model {model!r}; choose one of: {', '.join(nets.NETS)}")
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; choose one of: {', '.join(LOSSES)}")
+    nets.check_norm(norm, norm_batch_size)
+    data = load(dataset, num_train=num_train, subset_seed=subset_seed, device=device)
+    options = {} if norm == "none" else {"norm": norm, "norm_batch_size": norm_batch_size}
+    factory = functools.partial(nets.NETS[model], data.input_shape, data.num_classes, **options)
+    names = {"dataset": data.name, "num_train": data.num_train, "subset_seed": subset_seed, "model": model,
+             "norm": norm, "norm_batch_size": norm_batch_size, "loss": loss}  # fmt: skip
+    return Problem(data, Net(factory, key=model), LOSSES[loss], names=names)
 
 
-def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or the best there is: cuda, then mps, then cpu."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def choose(spec: str, dataset: str = "auto", model: str = "shen_mlp", **options: object) -> Problem:
+    """Find the problem that a parameters cell asks for: ``"my_module:problem"``, or ``""`` for the built-in names.
+
+    ``problem`` is a ``Problem``, or a function that makes one; its module is looked for in the working directory too.
+    Raises ValueError, in one line, for what cannot be found.
+    """
+    if not spec:
+        return named(dataset, model, **options)
+    module, colon, name = spec.partition(":")
+    if not colon:
+        raise ValueError(f"problem is {spec!r}; expected module:name, such as my_module:problem")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"problem {spec!r} cannot be found: {error}") from None
+    problem = found if isinstance(found, Problem) else found()
+    if not isinstance(problem, Problem):
+        raise ValueError(f"{spec} is a {type(problem).__name__}; expected a Problem, or a function that makes one")
+    problem.check()
+    return problem
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -111,12 +124,14 @@ def load(
     subset_seed: int = 0,
     device: str | torch.device | None = None,
     root: str | Path | None = None,
-) -> Dataset:
-    """Load a dataset into memory, downloading it where torchvision has to.
+) -> Tensors:
+    """Load a built-in dataset into memory, downloading it where that is needed.
 
-    ``num_train`` keeps that many training examples, drawn by ``subset_seed``, stratified by class; the test set
-    stays whole. ``"auto"`` is MNIST where it is or can be had, else digits. Raises ValueError for an unknown name or
-    an impossible subset, DataError for files that are missing or damaged.
+    name: ``"auto"`` is MNIST where it can be had, else digits.
+    num_train: training examples to keep, drawn by ``subset_seed``, stratified by class; the test set stays whole.
+    device: by default the best there is.
+    root: folder of the files, see ``data_root``.
+    Raises ValueError for an unknown name or an impossible subset, DataError for files that are missing or damaged.
     """
     name, note = resolve(name, root)
     if note:
@@ -125,38 +140,33 @@ def load(
 
 
 @functools.lru_cache(maxsize=4)
-def _load(name: str, num_train: int | None, subset_seed: int, device: str, root: str) -> Dataset:
-    inputs, targets, test_inputs, test_targets = {"digits": _digits, "blobs": _blobs}.get(
-        name, lambda: _torchvision(name, root)
-    )()
+def _load(name: str, num_train: int | None, subset_seed: int, device: str, root: str) -> Tensors:
+    read = {"digits": _digits, "blobs": _blobs}.get(name, functools.partial(_torchvision, name, root))
+    inputs, targets, test_inputs, test_targets = read()
     if num_train is not None and num_train != len(targets):
         keep = _stratified(targets, num_train, subset_seed)
         inputs, targets = inputs[keep], targets[keep]
     content = hashlib.sha256(name.encode())
     for array in (inputs, targets, test_inputs, test_targets):
         content.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    if name in _NORMALISATION:
-        scale, (mean, std) = 255.0, _NORMALISATION[name]
-    elif name == "digits":
-        scale, mean, std = 16.0, 0.3053, 0.3763
-    else:
-        scale, mean, std = 1.0, 0.0, 1.0
+    scale, mean, std = _SCALES[name]
 
     def tensors(x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         x = torch.from_numpy(np.ascontiguousarray(x)).to(device).float().div_(scale).sub_(mean).div_(std)
         return x, torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64)).to(device)
 
-    return Dataset(
+    return Tensors(
         name,
         *tensors(inputs, targets),
         *tensors(test_inputs, test_targets),
-        num_classes=int(targets.max()) + 1,
         fingerprint=content.hexdigest()[:16],
+        label="digits (8×8, not MNIST)" if name == "digits" else None,
+        reload=functools.partial(load, name, num_train=num_train, subset_seed=subset_seed),
     )
 
 
 def resolve(name: str, root: str | Path | None = None) -> tuple[str, str]:
-    """The dataset that ``name`` stands for, and, where ``"auto"`` had to settle for digits, why (else ``""``).
+    """Return the dataset that ``name`` stands for and, where ``"auto"`` had to settle for digits, why (else ``""``).
 
     Verifies the files of a torchvision dataset, and downloads them where they are missing.
     """
@@ -177,42 +187,58 @@ def resolve(name: str, root: str | Path | None = None) -> tuple[str, str]:
 
 
 def download(name: str, root: str | Path | None = None, *, patience: float = 8.0) -> None:
-    """Download a torchvision dataset, with its progress bar, and verify it before it takes its place.
+    """Download a torchvision dataset, and verify it before it takes its place.
 
-    ``patience``: seconds within which one mirror must answer. Raises DataError saying which files go where.
+    patience: seconds without a byte after which it gives up.
+    Raises DataError that says which files go where.
     """
     cls, folder = _torchvision_class(name), data_root(root)
     raw = folder / cls.__name__ / "raw"
     archives = [archive for archive, _ in cls.resources]
     by_hand = f"To add it by hand, put {', '.join(archives)} (or the same files unpacked) into {raw}"
-    have_archives = all((raw / archive).exists() for archive in archives)
-    if not have_archives and not _answers(_MIRRORS[name], archives[0], patience):
-        raise DataError(f"{cls.__name__} is not in {raw}, and no mirror answered within {patience:g} s. {by_hand}.")
-    timeout = socket.getdefaulttimeout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as incoming:
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder, ignore_cleanup_errors=True) as incoming:
             new = Path(incoming) / cls.__name__ / "raw"
             new.mkdir(parents=True)
-            socket.setdefaulttimeout(30.0)  # a mirror that stalls would hang for ever
-            for archive, md5 in cls.resources:
-                if have_archives and _md5(raw / archive) == md5:
-                    shutil.copy2(raw / archive, new / archive)
-                else:
-                    _fetch(_MIRRORS[name], archive, md5, new / archive)
-            cls(incoming, download=True)  # which unpacks them, and asks nobody: each is there with its checksum
+            for archive in archives:
+                if (raw / archive).exists():
+                    os.link(raw / archive, new / archive)
+            _within(patience, lambda: cls(incoming, download=True), Path(incoming))
             raw.mkdir(parents=True, exist_ok=True)
             for file in sorted(new.iterdir()):
                 os.replace(file, raw / file.name)
     except (OSError, RuntimeError, EOFError, zlib.error) as error:
         raise DataError(f"{cls.__name__} could not be downloaded into {raw} ({error}). {by_hand}.") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+
+
+def _within(patience: float, act, growing: Path) -> None:
+    """Call ``act``; OSError once ``growing`` has not grown for so many seconds: a name look-up has no time limit."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except Exception as error:
+            failed.append(error)
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    last, since = -1, time.monotonic()
+    while worker.is_alive():
+        worker.join(0.1)
+        size = sum(file.stat().st_size for file in growing.rglob("*") if file.is_file())
+        if size != last:
+            last, since = size, time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise OSError(f"nothing arrived within {patience:g} s")
+    if failed:
+        raise OSError(str(failed[0])) from failed[0]
 
 
 def files_of(name: str, root: str | Path | None = None) -> dict[str, bytes]:
-    """The files of a torchvision dataset that is here, packed, by name; none of one that scikit-learn has."""
-    if name not in _NORMALISATION:
+    """Pack the files of a torchvision dataset by name, for workers on other machines; scikit-learn's have none."""
+    if name not in TRAIN_SIZES or name in ("digits", "blobs"):
         return {}
     raw = data_root(root) / _torchvision_class(name).__name__ / "raw"
     names = [archive.removesuffix(".gz") for archive, _ in _torchvision_class(name).resources]
@@ -220,7 +246,7 @@ def files_of(name: str, root: str | Path | None = None) -> dict[str, bytes]:
 
 
 def put_files(name: str, files: Mapping[str, bytes], root: str | Path | None = None) -> None:
-    """Put what ``files_of`` gave elsewhere where the dataset is missing; DataError where it cannot be written."""
+    """Unpack the files of ``files_of`` where the dataset is missing. Raises DataError where they cannot be written."""
     raw = data_root(root) / _torchvision_class(name).__name__ / "raw"
     if _verify(name, data_root(root)):
         return
@@ -234,72 +260,6 @@ def put_files(name: str, files: Mapping[str, bytes], root: str | Path | None = N
         raise DataError(f"{name} cannot be written into {raw}: {error.strerror}; set $COMPANION_DATA") from error
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of the examples in an epoch: int64 ``(num_examples,)``, a function of seed and epoch alone."""
-    state = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(state))
-
-
-def _answers(mirrors: list[str], file: str, patience: float) -> bool:
-    """Whether a mirror serves ``file``. Daemon threads, because a name look-up can hang far beyond any timeout."""
-    replies: queue.Queue[bool] = queue.Queue()
-
-    def ask(mirror: str) -> None:
-        try:
-            with _open(mirror + file, method="HEAD", timeout=patience):
-                replies.put(True)
-        except (OSError, http.client.HTTPException):
-            replies.put(False)
-
-    for mirror in mirrors:
-        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
-    deadline = time.monotonic() + patience
-    try:
-        return any(replies.get(timeout=max(0.0, deadline - time.monotonic())) for _ in mirrors)
-    except queue.Empty:
-        return False
-
-
-class _OnlyHttps(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect to what is not HTTPS."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        return super().redirect_request(req, fp, code, msg, headers, _https(newurl))
-
-
-def _https(url: str) -> str:
-    if not url.lower().startswith("https://"):
-        raise OSError(f"{url} is not HTTPS")
-    return url
-
-
-def _open(url: str, method: str = "GET", timeout: float = 30.0):
-    request = urllib.request.Request(_https(url), method=method, headers={"User-Agent": "companion"})
-    return urllib.request.build_opener(_OnlyHttps).open(request, timeout=timeout)
-
-
-def _fetch(mirrors: list[str], archive: str, md5: str, file: Path) -> None:
-    """Download an archive from the first mirror that has it whole; OSError where none has."""
-    from tqdm import tqdm
-
-    problems = []
-    for mirror in mirrors:
-        try:
-            with _open(mirror + archive) as reply, file.open("wb") as stream, tqdm(
-                total=reply.length, unit="B", unit_scale=True, desc=archive
-            ) as bar:  # fmt: skip
-                while chunk := reply.read(1 << 16):
-                    stream.write(chunk)
-                    bar.update(len(chunk))
-            if _md5(file) == md5:
-                return
-            problems.append(f"{mirror}{archive}: its MD5 is not {md5}")
-        except (OSError, http.client.HTTPException) as error:
-            problems.append(f"{mirror}{archive}: {error}")
-        file.unlink(missing_ok=True)
-    raise OSError("; ".join(problems))
-
-
 def _torchvision_class(name: str):
     # Imported here: torchvision takes seconds, and digits and blobs do without it.
     from torchvision import datasets
@@ -308,7 +268,7 @@ def _torchvision_class(name: str):
 
 
 def _verify(name: str, root: Path) -> bool:
-    """Whether the four files are there; raises DataError naming the first that is damaged."""
+    """Whether the four files are there. Raises DataError that names the first damaged one."""
     raw = root / _torchvision_class(name).__name__ / "raw"
     stats = {file.name: file.stat() for file in raw.glob("*")}
     return _verify_content(name, raw, tuple((f, s.st_size, s.st_mtime_ns) for f, s in sorted(stats.items())))
@@ -317,8 +277,8 @@ def _verify(name: str, root: Path) -> bool:
 @functools.lru_cache(maxsize=8)
 def _verify_content(name: str, raw: Path, stamps: tuple) -> bool:
     """As above, once for each state of the files: a sweep asks for its dataset hundreds of times."""
-    cls, complete = _torchvision_class(name), True
-    for archive, archive_md5 in cls.resources:
+    complete = True
+    for archive, archive_md5 in _torchvision_class(name).resources:
         packed, file = raw / archive, raw / archive.removesuffix(".gz")
         if packed.exists() and _md5(packed) != archive_md5:
             raise DataError(f"damaged file {packed}: its MD5 is not {archive_md5}. Delete it, and run again.")
@@ -332,7 +292,7 @@ def _verify_content(name: str, raw: Path, stamps: tuple) -> bool:
 
 
 def _damage(file: Path, md5: str | None, packed: Path) -> str:
-    """What is wrong with an unpacked idx file, or ``""``: by MD5, by its archive's CRC, and by its own header."""
+    """Describe the damage of an unpacked idx file, or ``""``: by MD5, by its archive's CRC, by its own header."""
     content = file.read_bytes()
     if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         return f"{len(content):,} bytes whose MD5 is not {md5}"

@@ -1,0 +1,214 @@
+"""Optimizers of a stack: SGD and Adam on all replicas at once, any other of torch's with one instance a replica."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from helpers.engine.stack import Stack
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+Rate = float | tuple[float, ...]  # one for all replicas, or one a replica
+
+
+def check_optimizer(optimizer: object, momentum: object) -> None:
+    """Raise ValueError for an unknown optimizer, or a momentum outside [0, 1) or with any but ``"sgd"``."""
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"unknown optimizer {optimizer!r}; choose one of: {', '.join(OPTIMIZERS)}, or a torch.optim class"
+        )
+    if not isinstance(optimizer, str) and not callable(optimizer):
+        raise ValueError(f"optimizer is {optimizer!r}; expected one of {', '.join(OPTIMIZERS)}, a class or a factory")
+    if not isinstance(momentum, numbers.Real) or not 0 <= momentum < 1 or (momentum and optimizer != "sgd"):
+        name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "this optimizer")
+        raise ValueError(f"momentum is {momentum!r} with {name}; expected 0 to below 1, and with sgd alone")
+
+
+def make(
+    optimizer: str | Callable,
+    stack: Stack,
+    *,
+    lr: Rate,
+    momentum: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> Descent | Elementwise | PerReplica:
+    """Build an optimizer for a stack.
+
+    optimizer: a name of ``OPTIMIZERS``; a ``torch.optim`` class, called with (parameters, lr=lr); or a factory, called
+        with one replica's parameters.
+    """
+    if optimizer == "sgd":
+        return Descent(momentum, weight_decay)
+    if not isinstance(optimizer, str):
+        return PerReplica(stack, optimizer, lr)
+    # The fused kernels read and write each weight once a step; at small batches a step is bound by just that.
+    fused = stack.problem.dataset.device.type in ("cpu", "cuda") and all(
+        p.is_floating_point() for p in stack.parameters.values()
+    )
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
+    kind = functools.partial(kind, betas=betas, weight_decay=weight_decay, fused=fused)
+    return PerReplica(stack, kind, lr) if isinstance(lr, tuple) else Elementwise(stack, kind)
+
+
+class Descent:
+    """SGD as torch's: v ← momentum·v + g + decay·w, w ← w − lr·v. Plain, the gradient goes straight into w."""
+
+    def __init__(self, momentum: float, weight_decay: float):
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self._velocity: dict[str, torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """Forget the velocity that has built up."""
+        self._velocity = {}
+
+    @torch.no_grad()
+    def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Update every replica. ``gradients``: to use in place of the stack's own, which may be factors."""
+        factors = stack.factors if gradients is None and not isinstance(lr, tuple) else ()
+        found = {} if factors else stack.gradients() if gradients is None else gradients
+        plain = not (self.momentum or self.weight_decay)
+        if not plain:
+            self._decay_velocity(stack.parameters)
+        into, alpha = (
+            (self._velocity, 1.0) if not plain else (stack.parameters, -lr if not isinstance(lr, tuple) else 0.0)
+        )
+        for each in factors:
+            each.add_to(into, alpha)
+        for name, p in stack.parameters.items():
+            if name in found and not plain:
+                into[name].add_(found[name], alpha=alpha)
+            if isinstance(lr, tuple):
+                moved = found.get(name) if plain else into[name]
+                if moved is not None:
+                    p.sub_(moved * torch.tensor(lr, device=p.device, dtype=p.dtype).view(-1, *[1] * (p.dim() - 1)))
+            elif plain and name in found:
+                p.add_(found[name], alpha=alpha)
+            elif not plain:
+                p.sub_(into[name], alpha=lr)
+
+    def _decay_velocity(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        for name, p in parameters.items():
+            if name not in self._velocity:
+                self._velocity[name] = torch.zeros_like(p)
+            self._velocity[name].mul_(self.momentum)
+            if self.weight_decay:
+                self._velocity[name].add_(p, alpha=self.weight_decay)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {f"{name}/velocity": v for name, v in self._velocity.items()}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._velocity = {name.removesuffix("/velocity"): value for name, value in state.items()}
+
+
+class Elementwise:
+    """One torch optimizer on the stack itself: right where each weight's update depends on that weight alone."""
+
+    def __init__(self, stack: Stack, kind: Callable):
+        self._parameters = stack.parameters
+        self._kind = kind
+
+    @functools.cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Built when first needed: the first optimizer of a process takes more than a second."""
+        return self._kind(list(self._parameters.values()))
+
+    def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
+        if gradients is None and stack.factors:
+            for p in self._parameters.values():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+            own = {name: p.grad for name, p in self._parameters.items()}
+            for factors in stack.factors:
+                factors.add_to(own, alpha=1.0)
+        else:
+            found = stack.gradients() if gradients is None else gradients
+            for name, p in self._parameters.items():
+                p.grad = found.get(name)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state, replicas = {}, len(next(iter(self._parameters.values())))
+        for name, p in self._parameters.items():
+            for key, value in self._optimizer.state[p].items():
+                state[f"{name}/{key}"] = value.expand(replicas) if value.ndim == 0 else value
+        return state
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        for path, value in state.items():
+            name, _, key = path.rpartition("/")
+            self._optimizer.state[self._parameters[name]][key] = value if value.ndim > 1 else value[0]
+
+
+class PerReplica:
+    """One torch optimizer a replica: no seed's update depends on another's, and rates may differ."""
+
+    def __init__(self, stack: Stack, kind: Callable, lr: Rate):
+        self._names = list(stack.parameters)
+        self._optimizers = []
+        for replica in range(stack.replicas):
+            own, rate = list(stack.leaves(replica).values()), lr[replica] if isinstance(lr, tuple) else lr
+            takes_lr = isinstance(kind, type) or "lr" in inspect.signature(kind).parameters
+            optimizer = kind(own, lr=rate) if takes_lr else kind(own)
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    f"the optimizer factory made a {type(optimizer).__name__}; expected a torch.optim.Optimizer"
+                )
+            self._optimizers.append(optimizer)
+        # A factory may give its groups different rates: their ratios stay when the rate moves.
+        first = self._optimizers[0].param_groups[0]["lr"]
+        self._ratios = [float(group["lr"]) / float(first) for group in self._optimizers[0].param_groups]
+
+    def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
+        found = stack.gradients() if gradients is None else gradients
+        for replica, optimizer in enumerate(self._optimizers):
+            for name, leaf in stack.leaves(replica).items():
+                leaf.grad = found[name][replica] if name in found else None
+            for group, ratio in zip(optimizer.param_groups, self._ratios):
+                group["lr"] = (lr[replica] if isinstance(lr, tuple) else lr) * ratio
+            try:
+                optimizer.step()
+            except TypeError as error:
+                if "closure" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{type(optimizer).__name__} evaluates the loss itself, which training here does not give it"
+                ) from error
+
+    def _state_of(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {}
+        for position, p in enumerate(parameters):
+            for key, value in optimizer.state[p].items():
+                if not isinstance(value, torch.Tensor | int | float):
+                    raise TypeError(
+                        f"{type(optimizer).__name__} keeps {key!r} as a {type(value).__name__}, which cannot be stored"
+                    )
+                state[f"{position}/{key}"] = torch.as_tensor(value)
+        return state
+
+    def state(self) -> dict[str, torch.Tensor]:
+        states = [self._state_of(optimizer) for optimizer in self._optimizers]
+        return {path: torch.stack([state[path] for state in states]) for path in states[0]}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        for replica, optimizer in enumerate(self._optimizers):
+            parameters: Sequence = [p for group in optimizer.param_groups for p in group["params"]]
+            for path, value in state.items():
+                position, _, key = path.partition("/")
+                optimizer.state[parameters[int(position)]][key] = value[replica]
+
+
+@torch.no_grad()
+def clipped(gradients: Mapping[str, torch.Tensor], most: float) -> dict[str, torch.Tensor]:
+    """Scale each replica's gradient down to a norm of at most ``most``, as ``torch.nn.utils.clip_grad_norm_``."""
+    squares = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
+    norm = torch.linalg.vector_norm(torch.stack(squares), dim=0)
+    scale = (most / (norm + 1e-6)).clamp(max=1.0)
+    return {name: g * scale.view(-1, *[1] * (g.dim() - 1)) for name, g in gradients.items()}

@@ -1,0 +1,417 @@
+"""A stack: one replica of a network a seed, whose weights lie in tensors with a leading replica axis.
+
+Any ``nn.Module`` is a replica as it is: its parameters are views of the stack's tensors, so that an optimizer may work
+on the stack or on one replica. Built-in nets have a fast path (``kernels``); many small modules go through vmap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from helpers.engine import kernels
+from helpers.problems import Problem, Solution
+from helpers.problems.problem import call
+
+_CHUNK = 250  # examples of a forward pass without a graph, on a CPU; a device takes 1,000
+# Below so many parameters a replica, a step's overhead outweighs its arithmetic, and vmap shares it among replicas.
+_VMAP_BELOW = kernels.BATCHED_BELOW
+_BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, kernels.BatchNorm, kernels.nets.GhostBatchNorm)
+
+
+def build(problem: Problem, seeds: Sequence[int]) -> Stack:
+    """Make a stack at its initial weights, one replica a seed. Raises ValueError where net and data do not fit."""
+    problem.check()
+    return _stack(problem, [problem.net.module(seed) for seed in seeds], seeds)
+
+
+def at(solution: Solution, replicas: int = 1, dtype: torch.dtype | None = None) -> Stack:
+    """Make a stack whose replicas all have a solution's weights, perhaps in another ``dtype``."""
+    modules = [solution.problem.net.module(0).to(dtype) for _ in range(replicas)]
+    stack = _stack(solution.problem, modules, range(replicas))
+    stack.load(solution.weights)
+    return stack
+
+
+def num_parameters(problem: Problem) -> int:
+    """Count the weights and biases of one replica."""
+    return sum(p.numel() for p in problem.net.module(0).parameters())
+
+
+def bits_depend_on_stack(problem: Problem) -> bool:
+    """Whether the last bits of a replica's result on a CPU depend on the replicas beside it."""
+    return _fast_path(problem, problem.net.module(0)) is not None and num_parameters(problem) < kernels.BATCHED_BELOW
+
+
+def _stack(problem: Problem, modules: Sequence[nn.Module], seeds: Sequence[int]) -> Stack:
+    if len(modules) > 1 and len({id(module) for module in modules}) < len(modules):
+        raise ValueError("the net's factory returns the same module each time; expected a fresh one for each seed")
+    if any(isinstance(p, UninitializedParameter) for p in modules[0].parameters()):
+        raise ValueError("a lazy layer has no weights before its first call; call the module once in its factory")
+    fast = _fast_path(problem, modules[0])
+    return Modules(problem, modules, seeds) if fast is None else Kernel(problem, modules, fast)
+
+
+def _fast_path(problem: Problem, module: nn.Module) -> type[kernels.Model] | None:
+    return kernels.fast_path(module, problem.loss) if problem.dataset.in_memory else None
+
+
+class Stack:
+    """What training and the measures need of replicas.
+
+    ``parameters``: name → ``(replicas, *shape)``, those that are trained. ``kernel``: the fast path, or None.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    kernel: kernels.Model | None = None
+    problem: Problem
+    replicas: int
+    factors: Sequence[kernels.Factors] = ()  # the last gradient, where the kernel gives it in closed form
+    _nothing_but_parameters: bool | None = None
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether there is ``backpropagate``."""
+        return self.kernel is not None and self.kernel.closed_form
+
+    def train(self, mode: bool = True) -> Stack:
+        """Switch dropout and batch statistics on or off."""
+        for module in self.roots:
+            if module.training != mode:
+                module.train(mode)
+        return self
+
+    def eval(self) -> Stack:
+        return self.train(False)
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The modules that hold the replicas."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, each with its replica axis."""
+        raise NotImplementedError
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What of ``state`` is not trained: buffers, and parameters that stay as they are."""
+        if self._nothing_but_parameters is None:
+            ties = {name for name, p in self.roots[0].named_parameters(remove_duplicate=False) if p.requires_grad}
+            self._nothing_but_parameters = set(self.roots[0].state_dict()) <= ties
+        if self._nothing_but_parameters:
+            return {}
+        return {name: value for name, value in self.state().items() if name not in self.parameters}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> Stack:
+        """Copy a ``state`` into the replicas; a single replica's goes to every one."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the parameters by name, each with its replica axis."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def leaves(self, replica: int) -> dict[str, torch.Tensor]:
+        """One replica's parameters by name, for an optimizer of its own; they share the stack's memory."""
+        if not self._leaves:
+            self._leaves = [
+                {n: nn.Parameter(p.data[i]) for n, p in self.parameters.items()} for i in range(self.replicas)
+            ]
+        return self._leaves[replica]
+
+    def autograd_leaves(self) -> list[torch.Tensor]:
+        """The tensors to differentiate ``losses`` by."""
+        raise NotImplementedError
+
+    def stacked(self, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Gradients by ``autograd_leaves``, as name → ``(replicas, *shape)``."""
+        raise NotImplementedError
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The last step's gradient by name, ``(replicas, *shape)``; empty before the first."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Forget the last gradient."""
+        raise NotImplementedError
+
+    def batch(self, indices: torch.Tensor) -> tuple[Any, Any]:
+        """Inputs and targets of a minibatch ``(replicas, n)``: stacked tensors in memory, else a list a replica."""
+        if self.problem.dataset.in_memory:
+            return self.problem.dataset.batch(indices)
+        return tuple(zip(*(self.problem.dataset.batch(one) for one in indices)))
+
+    def backward(self, inputs: Any, targets: Any, share: float = 1.0, step: tuple[int, int] = (0, 0)) -> torch.Tensor:
+        """Add ``share`` times the gradient of each replica's mean loss; returns these losses, ``(replicas,)``.
+
+        step: number of the step and of the micro-batch in it, which seed dropout.
+        """
+        raise NotImplementedError
+
+    def losses(self, inputs: Any, targets: Any, *, shared: bool = True) -> torch.Tensor:
+        """Each example's loss ``(replicas, n)``; records a graph. ``shared``: all replicas take the same inputs."""
+        raise NotImplementedError
+
+    def outputs(self, inputs: Any) -> Any:
+        """Outputs of every replica for the same inputs: ``(replicas, n, ...)``."""
+        raise NotImplementedError
+
+    def evaluate(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over examples of the loss and of the score (NaN where there is none): float64 ``(replicas,)``."""
+        raise NotImplementedError
+
+    @property
+    def chunk(self) -> int:
+        """Examples of a forward pass that records no graph."""
+        return _CHUNK if self.problem.dataset.device.type == "cpu" else 4 * _CHUNK
+
+    def batch_statistics(self) -> str | None:
+        """The name of the first layer whose output depends on the others in its batch; None without one."""
+        for root in self.roots[:1]:
+            for name, module in root.named_modules():
+                if isinstance(module, _BATCH_STATISTICS) and (module.training or not _has_statistics(module)):
+                    return name or type(module).__name__
+        return None
+
+    def refuse_batch_statistics(self, what: str) -> None:
+        """Raise ValueError, naming the layer, where an example's loss depends on the others in its batch."""
+        layer = self.batch_statistics()
+        if layer is not None:
+            raise ValueError(
+                f"{what}: under batch normalisation ({layer}) an example has no gradient of its own, for its loss "
+                "depends on the others in its batch; normalise by groups, call eval() for the running statistics, or "
+                "estimate the noise by micro-batches"
+            )
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy's leaves share its own memory again, which copying one by one has parted."""
+        self.__dict__.update(state)
+        for replica, leaves in enumerate(self._leaves):
+            for name, leaf in leaves.items():
+                leaf.data = self.parameters[name].data[replica]
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return getattr(module, "running_mean", None) is not None
+
+
+class Kernel(Stack):
+    """A stack on the hand-written fast path."""
+
+    def __init__(self, problem: Problem, modules: Sequence[nn.Module], fast: type[kernels.Model]):
+        self.problem, self.replicas = problem, len(modules)
+        self.kernel = fast(len(modules), modules[0])
+        self.kernel.restore({n: torch.stack([m.state_dict()[n] for m in modules]) for n in modules[0].state_dict()})
+        self.kernel.to(problem.dataset.device, next(modules[0].parameters()).dtype)
+        self.parameters = dict(self.kernel.named_parameters())
+        self._leaves: list[dict[str, torch.Tensor]] = []
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        return [self.kernel]
+
+    @property
+    def chunk(self) -> int:
+        return self.kernel.evaluation_chunk if self.problem.dataset.device.type == "cpu" else 10_000
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return dict(self.kernel.state_dict())
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> Kernel:
+        self.kernel.restore(state)
+        return self
+
+    def autograd_leaves(self) -> list[torch.Tensor]:
+        return list(self.parameters.values())
+
+    def stacked(self, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.parameters, gradients))
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        if not self.factors:
+            return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        found = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        for factors in self.factors:
+            factors.add_to(found, alpha=1.0)
+        return found
+
+    def clear(self) -> None:
+        self.factors = ()
+        for p in self.parameters.values():
+            p.grad = None
+
+    def backpropagate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Leave the gradient as ``factors``, in closed form; returns the mean losses ``(replicas,)``."""
+        losses, self.factors = self.kernel.backpropagate(inputs, targets, self.problem.loss)
+        return losses
+
+    def backward(self, inputs: Any, targets: Any, share: float = 1.0, step: tuple[int, int] = (0, 0)) -> torch.Tensor:
+        losses = self.losses(inputs, targets, shared=False).mean(1)
+        (losses.sum() if share == 1 else losses.sum() * share).backward()
+        return losses.detach()
+
+    def losses(self, inputs: Any, targets: Any, *, shared: bool = True) -> torch.Tensor:
+        if shared:
+            inputs, targets = inputs.expand(self.replicas, *inputs.shape), targets.expand(self.replicas, -1)
+        return kernels.example_losses(self.kernel(inputs), targets, self.problem.loss)
+
+    def outputs(self, inputs: Any) -> torch.Tensor:
+        return self.kernel(inputs.expand(self.replicas, *inputs.shape))
+
+    def evaluate(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, y = self.outputs(inputs), targets.expand(self.replicas, -1)
+        losses = kernels.example_losses(logits, y, self.problem.loss).sum(1)
+        return losses.cpu().double(), (logits.argmax(-1) == y).sum(1).cpu().double()
+
+
+class Modules(Stack):
+    """A stack of ordinary modules, one a replica; vmapped over replicas where that pays and gives the same gradient."""
+
+    def __init__(self, problem: Problem, modules: Sequence[nn.Module], seeds: Sequence[int]):
+        self.problem, self.replicas, self.seeds = problem, len(modules), tuple(seeds)
+        self.modules = [module.to(problem.dataset.device) for module in modules]
+        self._leaves = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in self.modules]
+        if not self._leaves[0]:
+            raise ValueError(f"{problem.net.name} has no parameters that require a gradient; there is nothing to train")
+        self.parameters = {n: torch.stack([own[n].data for own in self._leaves]) for n in self._leaves[0]}
+        self.__setstate__({})
+        self._vmapped: dict[str, torch.Tensor] | None = None  # the last gradient, where vmap made it
+        size = sum(p[0].numel() for p in self.parameters.values())
+        pays = self.replicas > 1 and problem.dataset.in_memory
+        pays = pays and (size < _VMAP_BELOW or problem.dataset.device.type != "cpu")
+        # Buffers, and parameters that stay as they are, would be the first replica's for all.
+        self._vmap: bool | None = None if pays and not self.buffers() else False
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        return self.modules
+
+    def state(self) -> dict[str, torch.Tensor]:
+        states = [module.state_dict() for module in self.modules]
+        return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, torch.Tensor]) -> Modules:
+        for replica, module in enumerate(self.modules):
+            own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            unknown, missing = set(state) - set(module.state_dict()), set(dict(module.named_parameters())) - set(state)
+            if unknown or missing:
+                differ = ", ".join(sorted(unknown | missing))
+                raise ValueError(f"these weights are of another net: {differ} on one side alone")
+            for name in set(own) & set(state):
+                own[name].copy_(state[name][replica if len(state[name]) > 1 else 0])
+        return self
+
+    def autograd_leaves(self) -> list[torch.Tensor]:
+        return [p for leaves in self._leaves for p in leaves.values()]
+
+    def stacked(self, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        count = len(self.parameters)
+        return {name: torch.stack(list(gradients[i::count])) for i, name in enumerate(self.parameters)}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        if self._vmapped is not None:
+            return self._vmapped
+        found = {}
+        for name, p in self.parameters.items():
+            grads = [leaves[name].grad for leaves in self._leaves]
+            if all(g is None for g in grads):
+                continue  # not used in this step, or no step yet
+            grads = [torch.zeros_like(p[0]) if g is None else g for g in grads]
+            found[name] = grads[0].unsqueeze(0) if self.replicas == 1 else torch.stack(grads)
+        return found
+
+    def clear(self) -> None:
+        self._vmapped = None
+        for leaf in self.autograd_leaves():
+            leaf.grad = None
+
+    def backward(self, inputs: Any, targets: Any, share: float = 1.0, step: tuple[int, int] = (0, 0)) -> torch.Tensor:
+        if self._vmap is None:
+            self._vmap = self._vmap_agrees(inputs, targets)
+        if self._vmap:
+            gradients, losses = self._vmapped_gradient(inputs, targets)
+            before = self._vmapped or {}
+            self._vmapped = {
+                name: g * share + before[name] if name in before else g * share for name, g in gradients.items()
+            }
+            return losses
+        losses = []
+        for replica, (x, y) in enumerate(zip(inputs, targets)):
+            with _seeded(self.seeds[replica], *step, self.problem.dataset.device):
+                loss = self._example_losses(replica, x, y).mean()
+                (loss if share == 1 else loss * share).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _example_losses(self, replica: int, inputs: Any, targets: Any) -> torch.Tensor:
+        try:
+            return self.problem.example_losses(call(self.modules[replica], inputs), targets)
+        except IndexError as error:
+            raise ValueError(f"a label is none of the net's outputs ({error}); expected 0 to outputs − 1") from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            layer = self.batch_statistics()
+            raise ValueError(
+                f"a minibatch of one example has no batch statistics ({layer}); choose a batch size that leaves "
+                f"no last minibatch of one of the {self.problem.num_train} training examples"
+            ) from error
+
+    def _vmapped_gradient(self, inputs: Any, targets: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        base = self.modules[0]
+
+        def mean_loss(parameters: Mapping[str, torch.Tensor], x: Any, y: Any) -> torch.Tensor:
+            return self.problem.example_losses(torch.func.functional_call(base, parameters, (x,)), y).mean()
+
+        each = torch.func.vmap(torch.func.grad_and_value(mean_loss), randomness="error")
+        return each(self.parameters, inputs, targets)
+
+    def _vmap_agrees(self, inputs: Any, targets: Any) -> bool:
+        """Whether vmap can differentiate this net, and gives the last replica the gradient that it has alone."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                gradients, _ = self._vmapped_gradient(inputs, targets)
+            loss = self._example_losses(self.replicas - 1, inputs[-1], targets[-1]).mean()
+            alone = torch.autograd.grad(loss, list(self._leaves[-1].values()))
+        except Exception:  # whatever vmap cannot do: data-dependent control flow, random numbers, missing rules
+            return False
+        return all(torch.allclose(gradients[n][-1], g, rtol=1e-4, atol=1e-6) for n, g in zip(self.parameters, alone))
+
+    def losses(self, inputs: Any, targets: Any, *, shared: bool = True) -> torch.Tensor:
+        pairs = [(inputs, targets)] * self.replicas if shared else zip(inputs, targets)
+        return torch.stack([self._example_losses(replica, x, y) for replica, (x, y) in enumerate(pairs)])
+
+    def outputs(self, inputs: Any) -> Any:
+        each = [call(module, inputs) for module in self.modules]
+        return torch.stack(each) if isinstance(each[0], torch.Tensor) else each
+
+    def evaluate(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, scores = [], []
+        for module in self.modules:
+            outputs = call(module, inputs)
+            losses.append(self.problem.example_losses(outputs, targets).double().sum().cpu())
+            score = self.problem.example_scores(outputs, targets)
+            scores.append(torch.tensor(torch.nan, dtype=torch.float64) if score is None else score.sum().cpu())
+        return torch.stack(losses), torch.stack(scores)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, step: int, part: int, device: torch.device):
+    """Random numbers of a forward pass, such as dropout's, depend on seed and step; the generators are put back."""
+    state = ((seed * 1_000_003 + step) * 1_009 + part) % 2**63
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(state)
+    if cuda is not None:
+        torch.cuda.manual_seed(state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
