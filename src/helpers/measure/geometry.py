@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from helpers.engine.stack import Stack
+
 
 def _squared_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # On the CPU, because not every device has float64.
@@ -17,13 +19,13 @@ def weight_norm(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return sum(_squared_norms(weights).values()).sqrt()
 
 
-def distances(model: torch.nn.Module, initial_weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def distances(stack: Stack, initial_weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Radius, and distance from the initial weights: in all, of weights and biases apart, and of each parameter.
 
     Keys ``weight_norm``, ``distance_from_init``, ``distance_weights``, ``distance_biases`` and ``distance/<name>``;
     values float64 ``(replicas,)``. A ``measures`` for ``Training``.
     """
-    now = {name: p.detach() for name, p in model.named_parameters()}
+    now = {name: p.detach() for name, p in stack.parameters.items()}
     squared = _squared_norms({name: now[name] - initial_weights[name] for name in now})
     biases, weights = (sum(v for name, v in squared.items() if name.endswith("bias") == of) for of in (True, False))
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dis
 import enum
 import functools
 import hashlib
@@ -72,7 +73,7 @@ class _Digest:
             self._say("code", value.co_code, value.co_names, value.co_varnames)
             return self._all(value.co_consts)
         if isinstance(value, types.ModuleType):
-            return self._say("module", value.__name__, b"" if _library(value) else Path(value.__file__).read_bytes())
+            return self._say("module", value.__name__, b"" if is_library(value) else Path(value.__file__).read_bytes())
         return self._code_or_object(value)
 
     def _all(self, values) -> None:
@@ -84,7 +85,7 @@ class _Digest:
             return self._all((value.__func__, value.__self__))
         if isinstance(value, classmethod | staticmethod | property | functools.cached_property):
             return self._all(getattr(value, name, None) for name in ("__func__", "fget", "fset", "func"))
-        if callable(value) and hasattr(value, "__qualname__") and _library(inspect.getmodule(value)):
+        if callable(value) and hasattr(value, "__qualname__") and _of_library(value):
             return self._say("library", value.__module__, value.__qualname__)
         if isinstance(value, types.FunctionType):
             return self._function(value)
@@ -110,15 +111,21 @@ class _Digest:
             self.add(function.__globals__[name])
 
 
-def _library(module: types.ModuleType | None) -> bool:
+def _of_library(value) -> bool:
+    return not isinstance(value, types.FunctionType | type) or is_library(inspect.getmodule(value))
+
+
+def is_library(module: types.ModuleType | None) -> bool:
     """Whether a module is installed, or part of Python."""
     file = getattr(module, "__file__", None)
     return module is not None and module.__name__ != "__main__" and (file is None or file.startswith(_LIBRARIES))
 
 
 def _names(code: types.CodeType) -> set[str]:
+    """The global names that the code reads; ``co_names`` has those of attributes too."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*map(_names, inner))
 
 
 def _source(function: types.FunctionType) -> str | None:

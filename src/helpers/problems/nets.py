@@ -109,8 +109,15 @@ class MLP(Classifier):
     initialise: sets the weights of the layers. norm, norm_batch_size: see ``named``.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int],
-                 initialise: Callable[[Classifier], None], norm: str = "none", norm_batch_size: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        hidden: Sequence[int],
+        initialise: Callable[[Classifier], None],
+        norm: str = "none",
+        norm_batch_size: int | None = None,
+    ):
         super().__init__()
         widths = [math.prod(input_shape), *hidden, num_classes]
         # Without torch's own initialisation, which would draw from the seed's generator first.

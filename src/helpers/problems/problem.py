@@ -84,7 +84,7 @@ class Problem:
         return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
 
     def example_scores(self, outputs: Any, targets: Any) -> torch.Tensor | None:
-        """The share of each example's targets that the largest output names ``(n,)``; None where there are no classes."""
+        """The share of each example's targets that the largest output names ``(n,)``; None without classes."""
         while isinstance(outputs, list | tuple) and outputs:
             outputs = outputs[0]
         if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
@@ -121,8 +121,8 @@ class Problem:
                 low, high = int(every.min()), int(every.max())
                 if low < 0 or high >= outputs.shape[1]:
                     raise ValueError(
-                        f"labels are {low} to {high}, but the net has {outputs.shape[1]} outputs: expected labels from 0 "
-                        f"to {outputs.shape[1] - 1}; torch.unique(y, return_inverse=True) renumbers them"
+                        f"labels are {low} to {high}, but the net has {outputs.shape[1]} outputs: expected labels from "
+                        f"0 to {outputs.shape[1] - 1}; torch.unique(y, return_inverse=True) renumbers them"
                     )
         try:
             losses = self.example_losses(outputs, targets)
@@ -130,8 +130,8 @@ class Problem:
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
-                f"the loss {self.loss_name} cannot take outputs of {_shape(outputs)} with targets of {_shape(targets)}: "
-                f"{reason}; give a loss=lambda outputs, targets: ... that returns one loss an example"
+                f"the loss {self.loss_name} cannot take outputs of {_shape(outputs)} with targets of {_shape(targets)}"
+                f": {reason}; give a loss=lambda outputs, targets: ... that returns one loss an example"
             ) from error
         if own is not None and not torch.allclose(own, losses.mean(), rtol=1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(

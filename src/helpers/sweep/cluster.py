@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterable
 
 import joblib
 
-from helpers.problems import data
+from helpers.problems import builtin, pick_device
 
 PATIENCE = 10.0  # seconds within which the scheduler must answer, and a first worker be there
 
 
 class ClusterError(RuntimeError):
     """A cluster that cannot be used; the message says what was found and the way out."""
+
+
+def address() -> str | None:
+    """The scheduler's address that ``companion run --cluster`` gives its kernels."""
+    return os.environ.get("COMPANION_CLUSTER")
 
 
 @functools.cache
@@ -59,19 +65,19 @@ def device_type(address: str) -> str:
 
 
 def _device_type() -> str:
-    return data.pick_device().type
+    return pick_device().type
 
 
 def backend(address: str, datasets: Iterable[str]):
     """The context in which joblib runs its calls on the cluster; each worker, one that joins too, gets the datasets."""
-    for name in sorted(set(datasets)):
+    for name in sorted(set(datasets) - {""}):
         _provide(address, name)
     return joblib.parallel_config("dask", client=connect(address))
 
 
 @functools.cache
 def _provide(address: str, name: str) -> None:
-    files = data.files_of(name)
+    files = builtin.files_of(name)
     if files:
         connect(address).register_plugin(_plugin(name, files), name=f"companion-{name}")
 
@@ -81,6 +87,6 @@ def _plugin(name: str, files: dict[str, bytes]):
 
     class Provide(distributed.WorkerPlugin):
         def setup(self, worker) -> None:
-            data.put_files(name, files)
+            builtin.put_files(name, files)
 
     return Provide()

@@ -1,0 +1,315 @@
+"""A grid of settings × seeds → one tidy DataFrame. What the store has is not computed again.
+
+The unit of work is a job: a stack of seeds of one setting (see ``jobs``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from helpers.engine import stack
+from helpers.engine.training import Training
+from helpers.measure import geometry, gradients, landscape, noise
+from helpers.problems import Problem, Solution
+from helpers.sweep.jobs import Job, execute
+from helpers.sweep.settings import (
+    OF_TRAINING,
+    checked,
+    checked_seeds,
+    columns,
+    content,
+    device_type,
+    key,
+    stack_matters,
+    until,
+    value_at,
+)  # fmt: skip
+from helpers.sweep.store import Store, key_of
+
+
+class Protocol(NamedTuple):
+    """A measure of trained networks: (solution, seed=, **options) → a frame. Raise ``version`` when it changes."""
+
+    function: Callable[..., pd.DataFrame]
+    version: int = 1
+    trials: bool = False  # whether it has several
+    any_loss: bool = False  # else it measures the cross-entropy of built-in problems
+
+
+PROTOCOLS = {
+    "walk": Protocol(gradients.walk, trials=True), "frozen": Protocol(gradients.frozen, trials=True),
+    "staleness": Protocol(gradients.staleness), "spectrum": Protocol(landscape.spectrum, any_loss=True),
+    "boxes": Protocol(landscape.boxes, any_loss=True), "noise": Protocol(noise.scale),
+    "minibatches": Protocol(noise.minibatches),
+}  # fmt: skip
+
+_TRIALS_PER_JOB = 10
+
+
+def run(
+    settings: Sequence[Mapping[str, object]] | Mapping[object, Mapping[str, object]],
+    seeds: int | Iterable[int],
+    *,
+    snapshots: Iterable[int] = (),
+    branch_at: int | None = None,
+    jobs: int | None = None,
+    store: Store | None = None,
+) -> pd.DataFrame:
+    """Train every setting with every seed; returns the history of all, with a column per setting.
+
+    settings: dicts over ``settings.DEFAULTS`` (``grid`` makes them), by names or with a ``problem``; as a mapping, its
+        keys become a column ``label``. A run is ``epochs`` long, recorded every
+        ``record_every``; or, where ``steps`` is given, it is that long and recorded at its beginning, its end and after
+        each of ``record_steps``. ``target``, such as ``("test_accuracy", 0.9)``, ends a run of ``steps`` at the first
+        record at or above it, and divergence ends it too.
+    seeds: a number of them, or a list.
+    snapshots: epochs whose weights the store keeps for ``measure`` and ``weights``.
+    branch_at: runs that are equal up to this epoch train up to it once.
+    jobs: processes side by side, by default one a core.
+    store: by default ``Store()``.
+    Raises ValueError for settings that cannot be trained, before anything starts.
+
+    >>> run([dict(dataset="blobs", model="brownlee_mlp", epochs=1)], seeds=2).seed.nunique()
+    2
+    """
+    store, seeds = store or Store(), checked_seeds(seeds)
+    labels = list(settings) if isinstance(settings, Mapping) else None
+    complete = [checked(s) for s in (settings.values() if isinstance(settings, Mapping) else settings)]
+    snapshots = sorted(set(snapshots))
+    if any(s["steps"] for s in complete) and (snapshots or branch_at is not None):
+        raise ValueError("snapshots and branches are at epochs; give the runs they belong to by epochs, not by steps")
+    if branch_at is not None and any(branch_at % s["record_every"] for s in complete if s["epochs"] > branch_at):
+        raise ValueError(f"branch_at is {branch_at}; expected a multiple of record_every: a trunk ends with a record")
+    if branch_at is not None:
+        trunks = [until(s, branch_at) for s in complete if s["epochs"] > branch_at]
+        trunks = list({key(t, seeds[0], seeds): t for t in trunks}.values())
+        kept = [e for e in snapshots if e < branch_at]
+        execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store), jobs, store)
+    execute(_training_jobs(complete, seeds, snapshots, branch_at, store), jobs, store)
+    described = [{**columns(s), "run": key(s, seed, seeds)} for s in complete for seed in seeds]
+    if labels is not None:
+        described = [{**one, "label": labels[i // len(seeds)]} for i, one in enumerate(described)]
+    return _joined([store.frame(one["run"]) for one in described], described)
+
+
+def measure(
+    protocol: str,
+    settings: Sequence[Mapping[str, object]],
+    seeds: int | Iterable[int],
+    *,
+    epochs: Sequence[int],
+    trials: int = 1,
+    jobs: int | None = None,
+    store: Store | None = None,
+    **options: object,
+) -> pd.DataFrame:
+    """Measure trained networks after each of ``epochs``. Trains what the store lacks.
+
+    protocol: one of ``PROTOCOLS``; ``options`` go to its function.
+    trials: draws of a protocol that has several: walk and frozen.
+    Columns: ``epoch``, ``seed``, the function's own (its ``batch_size`` as ``measured_batch_size``), and a column per
+    training setting. Raises ValueError for what cannot be measured, before anything starts.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
+    chosen, store, seeds = PROTOCOLS[protocol], store or Store(), checked_seeds(seeds)
+    complete, epochs = [checked(s) for s in settings], [int(e) for e in epochs]
+    _check_measure(protocol, chosen, complete, epochs, trials, options)
+    run(settings, seeds, snapshots=epochs, jobs=jobs, store=store)
+    todo, rows, arrays = [], [], functools.lru_cache(maxsize=1)(store.arrays)  # an entry holds all its epochs
+    for s, seed, epoch, start in itertools.product(complete, seeds, epochs, range(0, trials, _TRIALS_PER_JOB)):
+        given = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        if chosen.trials:
+            given["trials"] = list(range(trials)[start:][:_TRIALS_PER_JOB])
+        of = {"protocol": protocol, "of": content(s, seed, seeds), "epoch": epoch, **given}
+        if chosen.any_loss:
+            of["loss"] = s["loss"]
+        if chosen.version > 1:
+            of["version"] = chosen.version
+        rows.append((key_of(of), s, seed, epoch))
+        if not store.has(rows[-1][0]):
+            weights = _snapshot(arrays(key(s, seed, seeds)), epoch)
+            arguments = (protocol, s["problem"], weights, seed, given)
+            label = f"{protocol} epoch={epoch} seed={seed}"
+            todo.append(Job(_measure, arguments, [of], label, _dataset(s), _measure_work(s, given)))
+    execute(todo, jobs, store)
+    frames = [store.frame(k).rename(columns={"batch_size": "measured_batch_size"}) for k, *_ in rows]
+    described = [{**columns(s), "seed": seed, "epoch": epoch, "protocol": protocol} for _, s, seed, epoch in rows]
+    return _joined(frames, described)
+
+
+def _check_measure(protocol: str, chosen: Protocol, complete: Sequence[Mapping], epochs: Sequence[int], trials: int,
+                   options: Mapping[str, object]) -> None:  # fmt: skip
+    for batch_size in options.get("batch_sizes", ()):
+        gradients.check_split(batch_size, options.get("draw_size", 1024))
+    if any(s["norm"] != "none" for s in complete):
+        raise ValueError("the protocols measure networks without normalisation; leave out norm")
+    if not chosen.any_loss and any(s["problem"].names and s["loss"] != "cross_entropy" for s in complete):
+        raise ValueError(f"protocol {protocol!r} measures the cross-entropy; leave out loss")
+    late = [(e, s["epochs"]) for e in epochs for s in complete if not 0 <= e <= s["epochs"]]
+    if late:
+        raise ValueError(f"epoch {late[0][0]} is not within a training of {late[0][1]} epochs")
+    if trials > 1 and not chosen.trials:
+        raise ValueError(f"trials is {trials} with {protocol!r}; only walk and frozen have trials")
+
+
+def _joined(frames: Sequence[pd.DataFrame], described: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """The frames below each other, each with values of its own in further columns."""
+    joined, lengths = pd.concat(frames, ignore_index=True), [len(frame) for frame in frames]
+    for name in dict.fromkeys(name for one in described for name in one):
+        values = np.empty(len(described), dtype=object)
+        values[:] = [one.get(name) for one in described]
+        joined[name] = pd.Series(np.repeat(values, lengths)).infer_objects()
+    return joined
+
+
+def weights(
+    settings: Mapping[str, object], seeds: int | Iterable[int], epoch: int, *, store: Store | None = None
+) -> list[Solution]:
+    """The solutions after ``epoch``, one a seed. Trains what the store lacks."""
+    store, seeds, s = store or Store(), checked_seeds(seeds), checked(settings)
+    run([settings], seeds, snapshots=[epoch], store=store)
+    kept = [_snapshot(store.arrays(key(s, seed, seeds)), epoch) for seed in seeds]
+    return [_solution(s["problem"], one) for one in kept]
+
+
+def to_target(frame: pd.DataFrame, column: str, target: float, *, axis: str = "epochs") -> pd.DataFrame:
+    """Find where on ``axis`` each run's ``column`` first reaches ``target``: columns batch_size, lr, seed, ``axis``.
+
+    A run that never does gets the end of the axis, and ``reached`` False.
+    """
+    rows = []
+    for (batch_size, lr, seed), group in frame.groupby(["batch_size", "lr", "seed"], sort=False):
+        hits = group.loc[group[column] >= target, axis]
+        end = hits.min() if len(hits) else group[axis].max()
+        rows.append({"batch_size": batch_size, "lr": lr, "seed": seed, axis: end, "reached": len(hits) > 0})
+    return pd.DataFrame(rows)
+
+
+def _training_jobs(
+    settings: list[dict], seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, store: Store
+) -> list[Job]:
+    todo = []
+    for s in settings:
+        wanted = _arrays_wanted(s, snapshots)
+        missing = [seed for seed in seeds if not store.has(key(s, seed, seeds), wanted)]
+        if missing and stack_matters(s):
+            missing = list(seeds)
+        size = 1 if device_type() == "cpu" and not stack_matters(s) else len(seeds)
+        for own in (missing[i : i + size] for i in range(0, len(missing), size)):
+            trunk = None
+            if branch_at is not None and branch_at < s["epochs"]:
+                keys = [key(until(s, branch_at), seed, seeds) for seed in own]
+                trunk = [(store.frame(k), store.arrays(k)) for k in keys]
+            label = " ".join(f"{k}={s[k]}" for k in ("model", "batch_size", "lr")) + f" seeds={list(own)}"
+            contents = [content(s, seed, seeds) for seed in own]
+            arguments = (s, own, snapshots, branch_at, trunk)
+            todo.append(Job(_train, arguments, contents, label, _dataset(s), _train_work(s) * len(own), wanted))
+    return todo
+
+
+def _arrays_wanted(s: Mapping, snapshots: Sequence[int]) -> frozenset[str]:
+    """One array of each snapshot that an entry must hold; an entry holds all of a snapshot, or none."""
+    if not snapshots:
+        return frozenset()
+    return frozenset(f"{epoch}/weights/{_first_parameter(s['problem'])}" for epoch in snapshots)
+
+
+@functools.lru_cache(maxsize=64)
+def _first_parameter(problem: Problem) -> str:
+    return next(iter(dict(problem.net.module(0).named_parameters())))
+
+
+def _dataset(s: Mapping) -> str:
+    return s["problem"].names.get("dataset", "")
+
+
+def _train_work(s: Mapping) -> float:
+    size = value_at(s["batch_size"], s["epochs"])
+    return _work(s["problem"], s["steps"] or s["epochs"] * s["num_train"] / size, size)
+
+
+def _measure_work(s: Mapping, options: Mapping) -> float:
+    draws = (
+        len(options.get("batch_sizes", [0]))
+        * len(options.get("trials", [0]))
+        * options.get("draw_size", s["num_train"])
+    )
+    return _work(s["problem"], draws / 32, 32)
+
+
+def _work(problem: Problem, steps: float, batch_size: float) -> float:
+    """Multiply-adds of so many steps, the overhead of each counted as ten million."""
+    return 3 * steps * (1e7 + batch_size * _num_parameters(problem))
+
+
+@functools.lru_cache(maxsize=64)
+def _num_parameters(problem: Problem) -> int:
+    return stack.num_parameters(problem)
+
+
+def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, trunk: list | None):
+    training = Training(s["problem"], seeds=seeds, measures=geometry.distances, **{k: s[k] for k in OF_TRAINING})
+    arrays: list[dict[str, np.ndarray]] = [{} for _ in seeds]
+    start = 0
+    if trunk is not None:
+        start, prefix = branch_at, f"{branch_at}/"
+        names = [name for name in trunk[0][1] if name.startswith(prefix)]
+        state = {n.removeprefix(prefix): torch.from_numpy(np.concatenate([a[n] for _, a in trunk])) for n in names}
+        training.resume(state, pd.concat([frame for frame, _ in trunk]))
+        for mine, (_, kept) in zip(arrays, trunk):
+            mine |= {name: value for name, value in kept.items() if int(name.split("/")[0]) in snapshots}
+    if s["steps"]:
+        _train_steps(training, s)
+    for epoch in range(start, 0 if s["steps"] else s["epochs"] + 1):
+        if epoch > start:
+            due = epoch % s["record_every"] == 0 or epoch == s["epochs"]
+            training.advance(epochs=1, record=due, record_steps=s["record_steps"])
+        elif not trunk:
+            training.record()
+        if epoch in snapshots:
+            for name, value in training.state().items():
+                for replica, mine in enumerate(arrays):
+                    mine[f"{epoch}/{name}"] = value[replica : replica + 1].numpy()
+    history = training.history
+    histories = [history[history["seed"] == seed] for seed in seeds]
+    if s["steps"]:  # a seed's history ends where it would have alone, whatever the others of its stack do
+        histories = [one[_ended(one, s).cumsum().shift(fill_value=0) == 0] for one in histories]
+    return list(zip(histories, arrays))
+
+
+def _train_steps(training: Training, s: Mapping) -> None:
+    training.record()
+    ended = torch.zeros(len(training.seeds), dtype=torch.bool)
+    for step in sorted({s["steps"], *(k for k in s["record_steps"] if 0 < k < s["steps"])}):
+        training.advance(steps=step - training.steps, record=False)
+        training.record()
+        ended |= _ended(training.latest, s)
+        if ended.all():
+            return
+
+
+def _ended(records: Mapping, s: Mapping):
+    """Which records reach the target or have diverged: of a history's rows, or of one record's replicas."""
+    measure, value = s["target"] or ("test_accuracy", np.inf)
+    return (records[measure] >= value) | (records["diverged_at"] >= 0)
+
+
+def _snapshot(arrays: Mapping[str, np.ndarray], epoch: int) -> dict[str, np.ndarray]:
+    prefix = f"{epoch}/weights/"
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _solution(problem: Problem, arrays: Mapping[str, np.ndarray]) -> Solution:
+    return Solution(problem, {n: torch.tensor(value, device=problem.dataset.device) for n, value in arrays.items()})
+
+
+def _measure(protocol: str, problem: Problem, arrays: dict[str, np.ndarray], seed: int, options: dict):
+    return [(PROTOCOLS[protocol].function(_solution(problem, arrays), seed=seed, **options), {})]
