@@ -7,6 +7,7 @@ on the stack or on one replica. Built-in nets have a fast path (``kernels``); ma
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -351,8 +352,6 @@ class Modules(Stack):
     def _example_losses(self, replica: int, inputs: Any, targets: Any) -> torch.Tensor:
         try:
             return self.problem.example_losses(call(self.modules[replica], inputs), targets)
-        except IndexError as error:
-            raise ValueError(f"a label is none of the net's outputs ({error}); expected 0 to outputs − 1") from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -374,7 +373,8 @@ class Modules(Stack):
     def _vmap_agrees(self, inputs: Any, targets: Any) -> bool:
         """Whether vmap can differentiate this net, and gives the last replica the gradient that it has alone."""
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("error")  # of an operation that vmap would take example by example
                 gradients, _ = self._vmapped_gradient(inputs, targets)
             loss = self._example_losses(self.replicas - 1, inputs[-1], targets[-1]).mean()
             alone = torch.autograd.grad(loss, list(self._leaves[-1].values()))

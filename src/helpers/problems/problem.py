@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,10 @@ class Problem:
 
         Raises ValueError for a loss that returns anything but one loss an example.
         """
-        losses, n = self._one_each(_class_axis_first(outputs, targets, self.loss), targets), _length(targets)
+        try:
+            losses, n = self._one_each(_class_axis_first(outputs, targets, self.loss), targets), _length(targets)
+        except IndexError as error:
+            raise ValueError(f"a label is none of the net's outputs ({error}); expected 0 to outputs − 1") from error
         if not isinstance(losses, torch.Tensor) or not losses.dim() or len(losses) != n:
             got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else repr(losses)
             raise ValueError(
@@ -125,9 +129,11 @@ class Problem:
                         f"0 to {outputs.shape[1] - 1}; torch.unique(y, return_inverse=True) renumbers them"
                     )
         try:
-            losses = self.example_losses(outputs, targets)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Using a target size")  # torch would broadcast one over the other
+                losses = self.example_losses(outputs, targets)
             own = self.loss(_class_axis_first(outputs, targets, self.loss), targets) if self._own_mean else None
-        except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        except (RuntimeError, IndexError, TypeError, AttributeError, UserWarning) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"the loss {self.loss_name} cannot take outputs of {_shape(outputs)} with targets of {_shape(targets)}"
