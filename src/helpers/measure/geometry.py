@@ -27,7 +27,9 @@ def distances(stack: Stack, initial_weights: Mapping[str, torch.Tensor]) -> dict
     """
     now = {name: p.detach() for name, p in stack.parameters.items()}
     squared = _squared_norms({name: now[name] - initial_weights[name] for name in now})
-    biases, weights = (sum(v for name, v in squared.items() if name.endswith("bias") == of) for of in (True, False))
+    none = torch.zeros(stack.replicas, dtype=torch.float64)  # of a net without biases, say
+    of_biases = {name: "bias" in name.rpartition(".")[2] for name in squared}
+    biases, weights = (sum((v for n, v in squared.items() if of_biases[n] == of), none) for of in (True, False))
     return {
         "weight_norm": weight_norm(now),
         "distance_from_init": (weights + biases).sqrt(),

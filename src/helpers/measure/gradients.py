@@ -1,49 +1,81 @@
-"""Gradient norms: along the write-up's *walk*, and at *frozen* weights; and what becomes of gradients that go stale.
+"""Gradient norms: along the write-up's *walk*, and at *frozen* weights; and the effect of stale gradients.
 
 Walk and frozen are two protocols. Both split one draw of examples into minibatches of a size, add up the minibatches'
 mean gradients, each weighted by its share of the draw, and take the norm of the sum (Shen 2018, "orthogonality"). The
-walk takes an SGD step after each minibatch; frozen does not, so there the sum cannot depend on the split.
+walk takes an SGD step after each minibatch. Frozen does not, so its sum cannot depend on the split.
+
+Every measure takes a solution of any problem. Dropout is off, so that a measure is a function of the weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
-from helpers.engine import kernels as models
-from helpers.problems import data
+from helpers.engine import stack
+from helpers.engine.stack import Stack
+from helpers.measure import kernels
+from helpers.problems import Solution
 
 # |g| beyond which the write-up's histograms of single gradient entries differ most between sizes 2 and 1024.
 TAIL = 0.0082
 _STACK_BYTES = 4e6  # of weights walked side by side: more fall out of a CPU's cache and take longer, not less
-_HELD = 32  # examples whose gradients a lazy walk holds as factors: fewer make a slow product, more are read too often
-_GRAM_EXAMPLES = 4_096  # of a draw: with more, their inner products cost more than MNIST's 784 weights a unit
+_CHUNK = 2_000  # examples a pass over the training set
 
 
 def draw(num_examples: int, draw_size: int, seed: int, trial: int) -> torch.Tensor:
-    """The examples of a trial, drawn with replacement: int64 ``(draw_size,)``, a function of (seed, trial) alone."""
+    """Draw a trial's examples with replacement: int64 ``(draw_size,)``, a function of (seed, trial) alone."""
     rng = np.random.default_rng([seed, trial, 1])
     return torch.from_numpy(rng.integers(0, num_examples, draw_size))
 
 
 def share(batch: int, total: int) -> float:
-    """The factor that undoes the 1/B of a minibatch's mean: its weight in the mean over ``total`` examples."""
+    """The weight of a minibatch's mean in the mean over ``total`` examples: the factor that undoes its 1/B."""
     return batch / total
 
 
-def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy averaged over examples, per replica: ``(replicas, examples, classes)`` → ``(replicas,)``."""
-    return models.example_losses(logits, targets).mean(1)
+def mean_gradient(
+    s: Stack, inputs: Any, targets: Any, *, shared: bool = True
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Each replica's mean loss ``(replicas,)``, and its gradient by name ``(replicas, *shape)``.
+
+    shared: all replicas take the same inputs; else one minibatch a replica.
+    """
+    losses = s.losses(inputs, targets, shared=shared).mean(1)
+    found = torch.autograd.grad(losses.sum(), s.autograd_leaves(), allow_unused=True, materialize_grads=True)
+    return losses.detach(), s.stacked(found)
+
+
+@contextlib.contextmanager
+def deterministic(s: Stack) -> Iterator[None]:
+    """Turn dropout off, use running statistics, and choose operators that can be differentiated twice and batched."""
+    recurrent = any(isinstance(m, torch.nn.RNNBase) for m in s.roots[0].modules())
+    # cuDNN differentiates a recurrent net in train mode only, and once.
+    plain = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    training = s.roots[0].training
+    s.eval()
+    try:
+        with sdpa_kernel(SDPBackend.MATH), plain:
+            yield
+    finally:
+        s.train(training)
+
+
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    """Convert the floating tensors among inputs or targets to ``dtype``."""
+    return tree_map(lambda t: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t, values)
 
 
 def walk(
-    dataset: data.Dataset,
-    model: str,
-    weights: Mapping[str, torch.Tensor],
+    solution: Solution,
     *,
     batch_sizes: Sequence[int],
     trials: Sequence[int],
@@ -52,157 +84,62 @@ def walk(
     seed: int = 0,
     layers: str = "last",
 ) -> pd.DataFrame:
-    """The write-up's protocol (Shen 2018): an SGD step with ``lr`` after each minibatch, weights reset for each size.
+    """The write-up's protocol (Shen 2018): an SGD step after each minibatch; the weights are reset for each size.
 
-    ``weights``: one replica's, with its replica axis of length 1. Each trial draws ``draw_size`` examples, the same for
-    every size; trials run side by side as replicas. ``layers="last"`` records the last layer's weight alone, as he did;
-    ``"all"`` every parameter, each in a column, and the whole network's norm. Returns one row per (batch_size, trial):
-    ``gradient_norm`` and ``tail_fraction`` (entries beyond ``TAIL``) of the last layer's weight.
+    batch_sizes: sizes to split a draw into. trials: numbers of the draws; each size splits the same ones.
+    draw_size: examples a draw. lr: learning rate of the steps.
+    layers: ``"last"`` records the last layer's weight alone, as Shen did: the last parameter, in a module's order, with two axes.
+        ``"all"`` records every parameter, each in a column, and the norm of the whole gradient.
+    Returns one row per (batch_size, trial): ``gradient_norm`` and ``tail_fraction`` (entries beyond ``TAIL``) of the
+    last layer's weight. Raises ValueError under batch normalisation.
     """
-    recorded = _recorded(weights, layers)
     for batch_size in batch_sizes:
         check_split(batch_size, draw_size)
-    net = models.restored(model, dataset, weights)
-    large = dataset.device.type == "cpu" and net.multiply_adds >= models.BATCHED_BELOW
-    if net.closed_form and large and draw_size <= _GRAM_EXAMPLES:
-        draws = ((trial, draw(dataset.num_train, draw_size, seed, trial)) for trial in trials)
+    s, dataset = _measured(solution, "walk"), solution.problem.dataset
+    last, recorded = _recorded(s, solution, layers)
+    draws = {trial: draw(dataset.num_train, draw_size, seed, trial).to(dataset.device) for trial in trials}
+    if kernels.walks_lazily(s, draw_size):
+        lazily = ((t, kernels.walk_lazily(s, indices, batch_sizes, lr, recorded)) for t, indices in draws.items())
         return pd.DataFrame(
-            [row for one in draws for row in _walk_lazily(*one, net, dataset, batch_sizes, lr, recorded)]
+            [row for t, totals in lazily for b, total in zip(batch_sizes, totals) for row in _rows(total, last, b, [t])]
         )
-    bytes_each = sum(w.numel() * w.element_size() for w in weights.values())
-    side_by_side = len(trials) if dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // bytes_each))
+    added = {*recorded, f"{last.rpartition('.')[0]}.bias"}  # a kernel adds a layer's weight and bias together
     rows = []
-    for start in range(0, len(trials), side_by_side):
-        chunk = list(trials[start : start + side_by_side])
-        indices = torch.stack([draw(dataset.num_train, draw_size, seed, t) for t in chunk]).to(dataset.device)
-        net = models.restored(model, dataset, weights, len(chunk))
+    for chunk in _side_by_side(s, trials):
+        indices = torch.stack([draws[trial] for trial in chunk])
+        s = stack.at(solution, len(chunk))
         for batch_size in batch_sizes:
-            net.restore(weights)
-            total = {
-                name: torch.zeros_like(p) for name, p in net.named_parameters() if name in (*recorded, "head.bias")
-            }
-            for minibatch in indices.split(batch_size, dim=1):
-                inputs, targets = dataset.train_inputs[minibatch], dataset.train_targets[minibatch]
-                _step_and_add(net, inputs, targets, lr, total, share(minibatch.shape[1], draw_size))
-            rows += _rows({name: total[name] for name in recorded}, batch_size, chunk)
+            s.load(solution.weights)
+            total = {name: torch.zeros_like(p) for name, p in s.parameters.items() if name in added}
+            with deterministic(s):
+                for minibatch in indices.split(batch_size, dim=1):
+                    _descend(s, *s.batch(minibatch), lr, total, share(minibatch.shape[1], draw_size))
+            rows += _rows({name: total[name] for name in recorded}, last, batch_size, chunk)
     return pd.DataFrame(rows)
 
 
-class _Held:
-    """A linear layer that holds its last updates as factors, inputs and output gradients δ of up to ``held`` examples.
-
-    The inputs lie below the weights, so that one product makes both an input's outputs and its inner products with
-    them; a 1 in ``shift``, below the biases, stands for the bias's own.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, held: int):
-        self.width, self.delta = len(bias), bias.new_empty(held, len(bias))
-        self.stack = torch.cat([weight, weight.new_zeros(held, weight.shape[1])])
-        self.shift = torch.cat([bias, bias.new_ones(held)])
-        self.weight, self.given = self.stack[: self.width], self.stack[self.width :]
-
-    def forward(self, before: int, a: torch.Tensor, alpha: float) -> torch.Tensor:
-        """Outputs of the inputs ``a``, of which each held update, the first ``before``, has ``alpha`` times its own."""
-        if not before:
-            return models.product(a, self.weight, self.shift[: self.width])
-        # With all held rows, filled or not: oneDNN makes a kernel for each new shape.
-        out, held = models.product(a, self.stack, self.shift).split_with_sizes([self.width, len(self.delta)], 1)
-        return torch.addmm(out, held[:, :before], self.delta[:before], alpha=alpha)
-
-    def backward(self, before: int, delta: torch.Tensor, alpha: float) -> torch.Tensor:
-        """The gradient by the inputs, of the same weights."""
-        by_input = models.product(delta, self.weight.t())
-        if before:
-            by_input.addmm_(delta @ self.delta[:before].t(), self.given[:before], alpha=alpha)
-        return by_input
-
-    def add(self, weight: torch.Tensor, bias: torch.Tensor, count: int, alpha: float) -> None:
-        """Add ``alpha`` times the first ``count`` examples' gradients to tensors of the weight's and bias's shape."""
-        weight.add_(models.product(self.delta[:count].t(), self.given[:count].t()), alpha=alpha)
-        bias.add_(self.delta[:count].sum(0), alpha=alpha)
+def _side_by_side(s: Stack, trials: Sequence[int]) -> list[list[int]]:
+    """Split trials into stacks of replicas; a net without a kernel walks one trial at a time."""
+    size = sum(p[0].numel() * p.element_size() for p in s.parameters.values())
+    together = len(trials) if s.problem.dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // size))
+    together = together if s.kernel is not None else 1
+    return [list(trials[start : start + together]) for start in range(0, len(trials), together)]
 
 
-@torch.no_grad()
-def _walk_lazily(
-    trial: int,
-    indices: torch.Tensor,
-    net: models.MLP,
-    dataset: data.Dataset,
-    batch_sizes: Sequence[int],
-    lr: float,
-    recorded: Sequence[str],
-) -> list[dict[str, float]]:
-    """``walk`` of the one trial that drew ``indices``, where updates are put off until many of them are one product.
-
-    A step moves a layer with inputs a and output gradients δ by −lr/B·δᵀa. The first layer's weights are never moved:
-    its outputs at the start are one product for all sizes, and a step moves those of an example x by −lr/B·(x·a + 1)δ,
-    the inner products of inputs being known too. The others hold their updates (``_Held``). Weights that will be reset
-    are not moved at all.
-    """
-    count, x = len(indices), dataset.train_inputs[indices].flatten(1)
-    one_hot = torch.nn.functional.one_hot(dataset.train_targets[indices], dataset.num_classes).to(x.dtype)
-    first, *others = [(layer.weight[0], layer.bias[0]) for layer in (*net.layers, net.head)]
-    names = [*(f"layers.{i}" for i in range(len(net.layers))), "head"]
-    gram, at_start = models.product(x, x).add_(1), models.product(x, *first)
-    rows = []
-    for size in batch_sizes:
-        held, alpha, outputs = max(1, _HELD // size) * size, -lr / size, at_start.clone()
-        layers, delta = [_Held(*one, held) for one in others], x.new_empty(count, len(first[1]))
-        total = {n: torch.zeros_like(p) for n, p in net.named_parameters() if n in (*recorded, "head.bias")}
-        for begin, start in ((start - start % held, start) for start in range(0, count, size)):
-            stop, before = min(start + size, count), start - begin
-            now, activations = slice(before, before + stop - start), []
-            out = outputs[start:stop].addmm_(gram[start:stop, begin:start], delta[begin:start], alpha=alpha)
-            for layer in layers:
-                activations.append(torch.clamp_min(out, 0, out=layer.given[now]))
-                out = layer.forward(before, activations[-1], alpha)
-            deltas = [delta[start:stop], *(layer.delta[now] for layer in layers)]
-            back = torch.sub(out.softmax(1), one_hot[start:stop], out=deltas.pop())
-            if stop == count and len(recorded) == 1:
-                deltas.clear()  # only the head's gradient is asked for, and nothing will move
-            while deltas:
-                by_input = layers[len(deltas) - 1].backward(before, back, alpha)
-                back = torch.ops.aten.threshold_backward.grad_input(
-                    by_input, activations[len(deltas) - 1], 0, grad_input=deltas.pop()
-                )
-            if stop - begin < held and stop < count:
-                continue
-            for name, layer in zip(names[1:], layers):
-                if f"{name}.weight" in recorded:
-                    layer.add(total[f"{name}.weight"][0], total[f"{name}.bias"][0], stop - begin, 1 / count)
-                if stop < count:
-                    layer.add(layer.weight, layer.shift[: layer.width], stop - begin, alpha)
-            outputs[stop:].addmm_(gram[stop:, begin:stop], delta[begin:stop], alpha=alpha)
-        if f"{names[0]}.weight" in recorded:
-            total[f"{names[0]}.weight"][0].addmm_(delta.t(), x, alpha=1 / count)
-            total[f"{names[0]}.bias"][0].add_(delta.sum(0), alpha=1 / count)
-        rows += _rows({name: total[name] for name in recorded}, size, [trial])
-    return rows
-
-
-def _step_and_add(
-    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor, lr: float, total: dict[str, torch.Tensor], by: float
-) -> None:
-    """Move the weights by −lr·gradient of the minibatch, and what ``total`` has of it by ``by``·gradient."""
-    named = dict(net.named_parameters())
-    if net.closed_form:
-        for factors in net.backpropagate(inputs, targets)[1]:
-            if f"{factors.layer}.weight" in total:
-                factors.add_to(total, alpha=by)
-            factors.add_to(named, alpha=-lr)
-        return
-    found = torch.autograd.grad(mean_loss(net(inputs), targets).sum(), list(named.values()))
+def _descend(s: Stack, inputs: Any, targets: Any, lr: float, total: dict[str, torch.Tensor], by: float) -> None:
+    """Step by −lr times each replica's minibatch gradient, and add ``by`` times the gradient to ``total``."""
+    if s.closed_form:
+        return kernels.descend(s, inputs, targets, lr, total, by)
+    _, gradient = mean_gradient(s, inputs, targets, shared=False)
     with torch.no_grad():
-        for (name, p), gradient in zip(named.items(), found):
+        for name, g in gradient.items():
             if name in total:
-                total[name].add_(gradient, alpha=by)
-            p.sub_(gradient, alpha=lr)
+                total[name].add_(g, alpha=by)
+            s.parameters[name].sub_(g, alpha=lr)
 
 
 def frozen(
-    dataset: data.Dataset,
-    model: str,
-    weights: Mapping[str, torch.Tensor],
+    solution: Solution,
     *,
     batch_sizes: Sequence[int],
     trials: Sequence[int],
@@ -210,30 +147,32 @@ def frozen(
     seed: int = 0,
     layers: str = "last",
 ) -> pd.DataFrame:
-    """The same draws and sums as ``walk``, with the weights left alone; same columns.
+    """The same draws and sums as ``walk``, at fixed weights; same columns.
 
     With ``layers="last"`` also ``minibatch_noise``: the root mean square distance between a minibatch's gradient and
-    the gradient over the whole training set. All minibatches of a size are one stack of replicas that share weights.
+    the gradient over the whole training set.
     """
-    recorded = _recorded(weights, layers)
-    net = models.restored(model, dataset, weights)
-    full = _full_gradient(dataset, net) if layers == "last" else None
+    for batch_size in batch_sizes:
+        check_split(batch_size, draw_size)
+    s, dataset = _measured(solution, "frozen"), solution.problem.dataset
+    last, recorded = _recorded(s, solution, layers)
     rows = []
-    for trial in trials:
-        indices = draw(dataset.num_train, draw_size, seed, trial).to(dataset.device)
-        for batch_size in batch_sizes:
+    with deterministic(s):
+        full = _full_gradient(s, last) if layers == "last" else None
+        for trial, batch_size in itertools.product(trials, batch_sizes):
+            indices = draw(dataset.num_train, draw_size, seed, trial).to(dataset.device)
             total: dict[str, torch.Tensor] = {}
             squared_distance = count = 0
-            whole = draw_size - draw_size % check_split(batch_size, draw_size)
+            whole = draw_size - draw_size % batch_size
             parts = [indices[:whole].view(-1, batch_size), indices[whole:].view(1, -1)]
             for minibatches in (part for part in parts if part.numel()):
-                for name, gradient in _minibatch_gradients(dataset, net, minibatches, recorded):
+                for name, gradient in _minibatch_gradients(s, minibatches, recorded):
                     scaled = gradient.sum(0, keepdim=True) * share(minibatches.shape[1], draw_size)
                     total[name] = total[name] + scaled if name in total else scaled
                     if full is not None and minibatches.shape[1] == batch_size:
                         squared_distance += float((gradient - full).cpu().double().square().sum())
                         count += len(gradient)
-            row = _rows(total, batch_size, [trial])
+            row = _rows(total, last, batch_size, [trial])
             if full is not None:
                 row[0]["minibatch_noise"] = (squared_distance / count) ** 0.5
             rows += row
@@ -241,40 +180,36 @@ def frozen(
 
 
 def staleness(
-    dataset: data.Dataset,
-    model: str,
-    weights: Mapping[str, torch.Tensor],
-    *,
-    batch_size: int,
-    counts: Sequence[int],
-    base_rates: Sequence[float],
-    seed: int = 0,
+    solution: Solution, *, batch_size: int, counts: Sequence[int], base_rates: Sequence[float], seed: int = 0
 ) -> pd.DataFrame:
     """How far n SGD steps of size m end from one step over the same nm examples (Masters & Luschi 2018, eq. 7–9).
 
     Steps are w − η̃ Σ∇ℓ, summed over examples, so both move by the same if gradients do not change on the way: the
-    large batch is the small one with stale gradients. One row per count n and base rate η̃: ``relative_distance``, of
-    the end points, in units of the large step. In float64, because small rates move weights by little.
+    large batch is the small one with stale gradients.
+
+    batch_size: m. counts: values of n. base_rates: values of η̃.
+    Returns one row per count and rate: ``relative_distance`` of the end points, in units of the large step. Computes in
+    float64, because small rates hardly move the weights.
     """
-    inputs, targets = dataset.train_inputs.double(), dataset.train_targets
+    s, dataset = _measured(solution, "staleness", torch.float64), solution.problem.dataset
     order = draw(dataset.num_train, batch_size * max(counts), seed, 0).to(dataset.device)
-    net = models.restored(model, dataset, weights, dtype=torch.float64)
-    origin = {name: p.detach().clone() for name, p in net.named_parameters()}
+    origin = s.weights()
 
     def descend(rate: float) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Where so many small steps end, from the start, and the sum of their gradients."""
-        net.restore(origin)
+        """End points of so many small steps from the start, and the sums of their gradients."""
+        s.load(solution.weights)
         total = {name: torch.zeros_like(p) for name, p in origin.items()}
         ends = {}
         for n, minibatch in enumerate(order.split(batch_size), 1):
-            _step_and_add(net, inputs[minibatch][None], targets[minibatch][None], rate * batch_size, total, batch_size)
+            _descend(s, *cast(s.batch(minibatch[None]), torch.float64), rate * batch_size, total, batch_size)
             if n in counts:
-                moved = torch.cat([(p.detach() - origin[name]).flatten() for name, p in net.named_parameters()])
+                moved = torch.cat([(p.detach() - origin[name]).flatten() for name, p in s.parameters.items()])
                 ends[n] = moved, torch.cat([t.flatten() for t in total.values()])
         return ends
 
-    at_start = {n: gradient for n, (_, gradient) in descend(0.0).items()}
-    small = {rate: descend(rate) for rate in base_rates}
+    with deterministic(s):
+        at_start = {n: gradient for n, (_, gradient) in descend(0.0).items()}
+        small = {rate: descend(rate) for rate in base_rates}
     rows = []
     for n, rate in itertools.product(counts, base_rates):
         large = -rate * at_start[n]
@@ -283,52 +218,61 @@ def staleness(
     return pd.DataFrame(rows)
 
 
-def _recorded(weights: Mapping[str, torch.Tensor], layers: str) -> list[str]:
+def _measured(solution: Solution, what: str, dtype: torch.dtype | None = None) -> Stack:
+    s = stack.at(solution, dtype=dtype).train()
+    s.refuse_batch_statistics(what)
+    return s
+
+
+def _recorded(s: Stack, solution: Solution, layers: str) -> tuple[str, list[str]]:
+    """The name of the last layer's weight, and the names of all that are recorded."""
     if layers not in ("last", "all"):
         raise ValueError(f"layers is {layers!r}; expected 'last' or 'all'")
-    return ["head.weight"] if layers == "last" else list(weights)
+    names = [name for name in solution.weights if name in s.parameters]
+    matrices = [name for name, p in s.parameters.items() if p.dim() > 2]  # with the replica axis
+    last = "head.weight" if s.kernel is not None else (matrices or names)[-1]
+    return last, [last] if layers == "last" else names
 
 
 def check_split(batch_size: int, draw_size: int) -> int:
-    """``batch_size``, or ValueError unless it is from 1 to the size of a draw."""
+    """Return ``batch_size``; raises ValueError unless it is from 1 to the size of a draw."""
     if not 1 <= batch_size <= draw_size:
         raise ValueError(f"batch_size is {batch_size!r}; expected a whole number from 1 to {draw_size} (the draw)")
     return batch_size
 
 
-def _minibatch_gradients(dataset: data.Dataset, net: models.Model, minibatches: torch.Tensor, recorded: list[str]):
-    """Yields (name, gradient ``(k, *parameter)``) of each minibatch's mean loss; ``minibatches`` is ``(n, batch)``."""
-    if recorded == ["head.weight"]:
-        with torch.no_grad():
-            features = net.features(dataset.train_inputs[minibatches.reshape(1, -1)])
-        weight = net.head.weight.detach().expand(len(minibatches), -1, -1).requires_grad_()
-        logits = torch.baddbmm(net.head.bias.detach().unsqueeze(1), features.view(*minibatches.shape, -1), weight.mT)
-        loss = mean_loss(logits, dataset.train_targets[minibatches]).sum()
-        yield "head.weight", torch.autograd.grad(loss, weight)[0]
+def _minibatch_gradients(
+    s: Stack, minibatches: torch.Tensor, recorded: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, gradients ``(k, *parameter)``) of the mean losses of ``minibatches`` ``(n, batch)``."""
+    if s.kernel is not None and len(recorded) == 1:
+        yield recorded[0], kernels.head_gradients(s, minibatches)
         return
-    for minibatch in minibatches.unsqueeze(1):
-        loss = mean_loss(net(dataset.train_inputs[minibatch]), dataset.train_targets[minibatch]).sum()
-        yield from zip(recorded, torch.autograd.grad(loss, [dict(net.named_parameters())[n] for n in recorded]))
+    for minibatch in minibatches:
+        _, gradient = mean_gradient(s, *s.problem.dataset.batch(minibatch))
+        yield from ((name, gradient[name]) for name in recorded)
 
 
-def _full_gradient(dataset: data.Dataset, net: models.Model) -> torch.Tensor:
-    """The last layer's gradient of the mean loss over the training set, in chunks: ``(1, classes, features)``."""
-    chunks = torch.arange(dataset.num_train, device=dataset.device).split(2_000)
+def _full_gradient(s: Stack, last: str) -> torch.Tensor:
+    """The last layer's gradient of the mean loss over the training set, in chunks: ``(1, *parameter)``."""
+    dataset, size = s.problem.dataset, s.chunk if s.kernel is None else _CHUNK
+    chunks = torch.arange(dataset.num_train, device=dataset.device).split(size)
     gradients = [
         gradient.cpu().double() * share(len(chunk), dataset.num_train)
         for chunk in chunks
-        for _, gradient in _minibatch_gradients(dataset, net, chunk.unsqueeze(0), ["head.weight"])
+        for _, gradient in _minibatch_gradients(s, chunk.unsqueeze(0), [last])
     ]
     return torch.stack(gradients).sum(0).float().to(dataset.device)
 
 
-def _rows(total: Mapping[str, torch.Tensor], batch_size: int, trials: Sequence[int]) -> list[dict[str, float]]:
+def _rows(
+    total: Mapping[str, torch.Tensor], last: str, batch_size: int, trials: Sequence[int]
+) -> list[dict[str, float]]:
     squared = {name: g.flatten(1).cpu().double().square().sum(1) for name, g in total.items()}
-    last = total["head.weight"].flatten(1)
-    tail = (last.abs() > TAIL).float().mean(1)
+    tail = (total[last].flatten(1).abs() > TAIL).float().mean(1)
     rows = []
     for i, trial in enumerate(trials):
-        row = {"batch_size": batch_size, "trial": trial, "gradient_norm": squared["head.weight"][i].sqrt().item()}
+        row = {"batch_size": batch_size, "trial": trial, "gradient_norm": squared[last][i].sqrt().item()}
         row["tail_fraction"] = tail[i].item()
         if len(total) > 1:
             row["network_gradient_norm"] = sum(squared.values())[i].sqrt().item()
