@@ -1,87 +1,94 @@
 """The noise of a minibatch's gradient at fixed weights, and the gradient noise scale (McCandlish 2018).
 
-g is the gradient of one example's loss; G and Σ are its mean and covariance over a named set of examples, the
-population, whose N examples are equally likely (so Σ divides by N). A minibatch's gradient is the mean of B of them.
+g is the gradient of one example's loss; G and Σ are its mean and covariance over the training set, whose N examples are
+equally likely (so Σ divides by N). A minibatch's gradient is the mean of B of them.
+
+Measures of single examples turn dropout off, and refuse batch statistics, under which an example has no gradient of its
+own. ``by_micro_batches`` takes any net as it trains: with its dropout, and with batch statistics of each micro-batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from helpers.engine import kernels as models
-from helpers.problems import data
+from helpers.engine import stack
+from helpers.engine.stack import Stack
+from helpers.measure import kernels
+from helpers.measure.gradients import deterministic, mean_gradient
+from helpers.problems import Problem, Solution
+from helpers.problems.problem import call
 
-_CHUNK = 1_000  # examples a pass over a population, so that memory is flat in their number
+_CHUNK = 1_000  # examples a pass over the training set, so that memory is flat in their number
 _GRADIENT_BYTES = 2**26  # of the gradients that `torch.func` holds at a time, example by example
-_GRAM_BYTES = 2**29  # of a Gram matrix, beyond which minibatches are taken one by one: some 8,000 examples
 
 
-def per_example_squared_norms(
-    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def per_example_squared_norms(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared gradient norm of each example's loss ``(replicas, n)`` and of their mean loss ``(replicas,)``, float64.
 
-    ``inputs`` ``(n, *input_shape)`` go to every replica. Closed forms from one backward pass where linear layers and
-    convolutions have all the weights; else ``torch.func``. Raises ValueError under batch normalisation.
+    All replicas take the same examples. Raises ValueError under batch normalisation in train mode.
     """
-    norms, mean, _ = _examples(net, inputs, targets)
-    return norms, sum(g.flatten(1).square().sum(1).cpu().double() for g in mean)
+    norms, mean, _ = of_examples(s, inputs, targets)
+    return norms, sum(g.flatten(1).square().sum(1).cpu().double() for g in mean.values())
 
 
-def noise_statistics(
-    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimates of tr Σ, the variance of one example's gradient, and of |G|²: two float64 ``(replicas,)``.
 
-    Unbiased for examples drawn independently (McCandlish 2018, appendix A.1, with batches of 1 and n); so |G|² may come
-    out below 0. The gradient noise scale B_simple is their ratio, best of averages over several calls: a mean of
-    ratios is biased. Raises ValueError for fewer than two examples.
+    Unbiased for examples drawn independently (McCandlish 2018, appendix A.1, with batches of 1 and n), so |G|² may come
+    out below 0. The gradient noise scale is their ratio, best of averages over several calls: a mean of ratios is
+    biased. Raises ValueError for fewer than two examples.
     """
-    n = len(inputs)
+    n = len(tree_leaves(targets)[0])
     if n < 2:
         raise ValueError(f"{n} examples; a variance needs at least two")
-    norms, mean = per_example_squared_norms(net, inputs, targets)
+    norms, mean = per_example_squared_norms(s, inputs, targets)
     return (norms.mean(1) - mean) * n / (n - 1), (n * mean - norms.mean(1)) / (n - 1)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Of a population at fixed weights, all float64: tr Σ, |G|² and the mean loss ``(replicas,)``; G by parameter.
+    """Of a training set at fixed weights: tr Σ, |G|² and the mean loss.
 
-    ``squared_norms`` are the examples' own ``(replicas, N)``.
+    ``gradient`` is G by name, float64 ``(1, *shape)``; ``squared_norms`` are the examples' own, float64 ``(N,)``.
     """
 
-    trace: torch.Tensor
-    squared_gradient: torch.Tensor
-    loss: torch.Tensor
-    gradient: list[torch.Tensor]
+    trace: float
+    squared_gradient: float
+    loss: float
+    gradient: dict[str, torch.Tensor]
     squared_norms: torch.Tensor
 
     @property
-    def gradient_noise_scale(self) -> torch.Tensor:
-        """B_simple = tr Σ / |G|² (McCandlish 2018, eq. 2.9): ``(replicas,)``."""
-        return self.trace / self.squared_gradient
+    def gradient_noise_scale(self) -> float:
+        """B_simple = tr Σ / |G|² (McCandlish 2018, eq. 2.9); inf where the gradient is 0."""
+        return self.trace / self.squared_gradient if self.squared_gradient else math.inf
 
 
-def exact(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor) -> Noise:
-    """tr Σ and |G|² over a population, from each of its examples' gradients; sums in float64, memory flat in N."""
-    squares, loss, gradient = [], 0.0, [torch.zeros(p.shape, dtype=torch.float64) for p in net.parameters()]
-    for x, y in zip(inputs.split(_CHUNK), targets.split(_CHUNK)):
-        norms, mean, losses = _examples(net, x, y)
-        share = len(y) / len(targets)
-        squares, loss = [*squares, norms], loss + losses * share
-        for total, g in zip(gradient, mean):
-            total.add_(g.cpu(), alpha=share)  # converted as it is added, entry by entry
-    squared_gradient, norms = sum(g.flatten(1).square().sum(1) for g in gradient), torch.cat(squares, dim=1)
-    return Noise(norms.mean(1) - squared_gradient, squared_gradient, loss, gradient, norms)
+def exact(solution: Solution) -> Noise:
+    """tr Σ and |G|² over the training set, from each example's gradient; sums in float64, memory flat in N."""
+    s, dataset = stack.at(solution).train(), solution.problem.dataset
+    squares, loss = [], 0.0
+    gradient = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in s.parameters.items()}
+    # One by one where a minibatch may pad its examples.
+    chunks = torch.arange(dataset.num_train, device=dataset.device).split(_CHUNK if dataset.in_memory else 1)
+    for part in chunks:
+        norms, mean, losses = of_examples(s, *dataset.batch(part))
+        share = len(part) / dataset.num_train
+        squares, loss = [*squares, norms[0]], loss + losses.item() * share
+        for name, total in gradient.items():
+            total.add_(mean[name].cpu(), alpha=share)  # converted as it is added, entry by entry
+    squared_gradient = sum(g.flatten(1).square().sum(1) for g in gradient.values()).item()
+    norms = torch.cat(squares)
+    return Noise(norms.mean().item() - squared_gradient, squared_gradient, loss, gradient, norms)
 
 
 def variance_of_mean(trace: float, batch_size: int, population: int | None = None) -> float:
@@ -98,12 +105,17 @@ class TwoBatch(NamedTuple):
     standard_error: float
 
 
-def two_batch(small_squares: Sequence[float], big_squares: Sequence[float], small: int, big: int) -> TwoBatch:
-    """tr Σ and |G|², unbiased, from the squared norms of independent minibatch gradients of two sizes.
+def two_batch(
+    small_squares: Sequence[float], big_squares: Sequence[float], small: int, big: int, *, paired: bool = False
+) -> TwoBatch:
+    """tr Σ and |G|², unbiased, from the squared norms of minibatch gradients of two sizes.
 
     McCandlish 2018, appendix A.1, with averages over the draws in place of single norms. The standard error of the
-    ratio is the delta method's. Where |G|² does not stand out of the noise, the ratio is inf and its error NaN. Raises
-    ValueError unless 1 <= small < big, with two draws of each.
+    ratio is the delta method's. Where |G|² does not stand out of the noise, the ratio is inf and its error NaN.
+
+    small_squares, big_squares: squared norms, of at least two draws each. small, big: examples of a minibatch.
+    paired: the draws of the two sizes belong together, pair by pair; else all are independent.
+    Raises ValueError unless 1 <= small < big, with two draws of each.
     """
     draws = [np.asarray(squares, dtype=float) for squares in (small_squares, big_squares)]
     if not 1 <= small < big or min(len(d) for d in draws) < 2:
@@ -116,23 +128,67 @@ def two_batch(small_squares: Sequence[float], big_squares: Sequence[float], smal
     if squared_gradient <= 0:
         return TwoBatch(trace, squared_gradient, math.inf, math.nan)
     ratio = trace / squared_gradient
-    slopes = (per_trace + ratio * small * per_gradient, -per_trace - ratio * big * per_gradient)
-    variance = sum((slope / squared_gradient) ** 2 * d.var(ddof=1) / len(d) for slope, d in zip(slopes, draws))
+    slopes = [per_trace + ratio * small * per_gradient, -per_trace - ratio * big * per_gradient]
+    slopes = [slope / squared_gradient for slope in slopes]
+    if paired:
+        combined = slopes[0] * draws[0] + slopes[1] * draws[1]
+        variance = combined.var(ddof=1) / len(combined)
+    else:
+        variance = sum(slope**2 * d.var(ddof=1) / len(d) for slope, d in zip(slopes, draws))
     return TwoBatch(trace, squared_gradient, ratio, math.sqrt(variance))
 
 
-def scale(dataset: data.Dataset, model: str, weights: Mapping[str, torch.Tensor], *, seed: int = 0) -> pd.DataFrame:
-    """``exact`` over the training set, for ``sweeps.measure``: one row, no draw in it, so ``seed`` changes nothing."""
-    found = exact(models.restored(model, dataset, weights), dataset.train_inputs, dataset.train_targets)
-    row = {"trace": found.trace, "squared_gradient": found.squared_gradient, "train_loss": found.loss}
-    row["gradient_noise_scale"] = found.gradient_noise_scale
-    return pd.DataFrame([{name: value.item() for name, value in row.items()}])
+def by_micro_batches(
+    solution: Solution, *, batch_size: int, micro_batch_size: int, draws: int, seed: int = 0
+) -> TwoBatch:
+    """Estimate tr Σ, |G|² and the noise scale of any net, from gradients of micro-batches and of their means.
+
+    The net is measured as it trains: with dropout, and under batch normalisation with the statistics of each
+    micro-batch, whose size is then part of the answer.
+
+    batch_size: examples of a draw, with replacement; a multiple of the micro-batch size, at least twice that.
+    micro_batch_size: examples of a micro-batch. draws: at least 2; the standard error falls with their root.
+    Raises ValueError for sizes that do not fit.
+    """
+    count, rest = divmod(batch_size, micro_batch_size) if micro_batch_size >= 1 else (0, 0)
+    if rest or count < 2:
+        raise ValueError(
+            f"batch_size is {batch_size!r} with micro_batch_size {micro_batch_size!r}; expected a multiple of the "
+            "micro-batch size, at least twice that"
+        )
+    s, dataset, rng = stack.at(solution).train(), solution.problem.dataset, np.random.default_rng([seed, batch_size])
+    small, big = [], []
+    with torch.random.fork_rng([dataset.device] if dataset.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(draws):
+            total = {name: torch.zeros_like(p) for name, p in s.parameters.items()}
+            squares = []
+            for indices in rng.integers(0, dataset.num_train, (count, micro_batch_size)):
+                _, gradient = mean_gradient(s, *dataset.batch(torch.from_numpy(indices).to(dataset.device)))
+                squares.append(_squared_norm(gradient.values()))
+                for name, g in gradient.items():
+                    total[name].add_(g, alpha=1 / count)
+            small.append(np.mean(squares))
+            big.append(_squared_norm(total.values()))
+    return two_batch(small, big, micro_batch_size, batch_size, paired=True)
+
+
+def scale(solution: Solution, *, seed: int = 0) -> pd.DataFrame:
+    """``exact`` for ``sweep.measure``: one row, no draw in it, so ``seed`` changes nothing."""
+    found = exact(solution)
+    return pd.DataFrame([{
+        "trace": found.trace, "squared_gradient": found.squared_gradient, "train_loss": found.loss,
+        "gradient_noise_scale": found.gradient_noise_scale,
+    }])  # fmt: skip
+
+
+def micro_batches(solution: Solution, *, seed: int = 0, **options: int) -> pd.DataFrame:
+    """``by_micro_batches`` for ``sweep.measure``: one row."""
+    return pd.DataFrame([by_micro_batches(solution, seed=seed, **options)])
 
 
 def minibatches(
-    dataset: data.Dataset,
-    model: str,
-    weights: Mapping[str, torch.Tensor],
+    solution: Solution,
     *,
     batch_sizes: Sequence[int],
     draws: int,
@@ -140,23 +196,25 @@ def minibatches(
     replace: bool,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Gradients of minibatches drawn from the training set, with or without replacement, at weights that stay.
+    """Gradients of minibatches drawn from the training set, at fixed weights.
 
-    Of each size ``draws`` minibatches, or as many as ``draw_size`` examples make. One row each: ``batch_size``,
-    ``squared_norm`` |G_B|² and ``squared_distance`` |G_B − G|² from the gradient over the whole set. A draw is a
-    function of (seed, size, its number). Of a perceptron all are read off one ``gram`` of the training set, unless that
-    is large. Raises ValueError for a size that cannot be drawn.
+    batch_sizes: sizes to draw. draws: minibatches of each size, or as many as ``draw_size`` examples make.
+    replace: draw the examples of a minibatch with replacement. A draw is a function of (seed, size, its number).
+    Returns one row a minibatch: ``batch_size``, ``squared_norm`` |G_B|² and ``squared_distance`` |G_B − G|² from the
+    gradient over the whole set. Raises ValueError for a size that cannot be drawn.
     """
+    s, dataset = stack.at(solution).train(), solution.problem.dataset
     limit = draw_size if replace else min(draw_size, dataset.num_train)
     if not all(1 <= b <= limit for b in batch_sizes):
         raise ValueError(f"batch_sizes is {list(batch_sizes)!r}; expected whole numbers from 1 to {limit}")
-    net, population = models.restored(model, dataset, weights), dataset.num_train
-    drawn = {b: _drawn(population, b, min(draws, draw_size // b), replace, seed) for b in batch_sizes}
-    if net.closed_form and 8 * population**2 <= _GRAM_BYTES:
-        kernel = gram(net, dataset.train_inputs, dataset.train_targets)
-        lengths = {b: _lengths_by_gram(kernel, chosen) for b, chosen in drawn.items()}
+    drawn = {b: _drawn(dataset.num_train, b, min(draws, draw_size // b), replace, seed) for b in batch_sizes}
+    if kernels.has_gram(s):
+        kernel = kernels.gram(s, dataset.train_inputs, dataset.train_targets)
+        lengths = {b: kernels.lengths_by_gram(kernel, chosen) for b, chosen in drawn.items()}
     else:
-        lengths = {b: _lengths_one_by_one(dataset, net, chosen) for b, chosen in drawn.items()}
+        whole = {name: g.to(dataset.device, s.parameters[name].dtype) for name, g in exact(solution).gradient.items()}
+        with deterministic(s):
+            lengths = {b: _lengths(s, whole, chosen) for b, chosen in drawn.items()}
     columns = ["squared_norm", "squared_distance"]
     return pd.concat(
         [pd.DataFrame({"batch_size": b, **dict(zip(columns, each))}) for b, each in lengths.items()], ignore_index=True
@@ -170,132 +228,104 @@ def _drawn(population: int, batch_size: int, draws: int, replace: bool, seed: in
     return np.stack([rng.choice(population, batch_size, replace=False, shuffle=False) for _ in range(draws)])
 
 
-@torch.no_grad()
-def gram(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Inner products of the gradients of each two examples' losses, for one replica: float64 ``(n, n)``.
-
-    Summed over linear layers with inputs a and output gradients δ: (aᵢ·aⱼ + 1)·(δᵢ·δⱼ), the empirical neural tangent
-    kernel of the loss. A minibatch's squared gradient is the mean of its part of it. ValueError for other models.
-    """
-    if not net.closed_form or net.replicas > 1:
-        raise ValueError("gram takes one replica of a perceptron without normalisation")
-    kernel = torch.zeros(len(inputs), len(inputs), dtype=torch.float64)
-    for factors in net.backpropagate(inputs[None], targets[None])[1]:
-        delta, a = factors.delta.flatten(0, -2) * len(inputs), factors.given.flatten(0, -2)  # of losses, not their mean
-        kernel += ((a @ a.T).add_(1) * (delta @ delta.T)).cpu()
-    return kernel
-
-
-def _lengths_by_gram(kernel: torch.Tensor, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of minibatches ``(draws, batch)``: |G_B|² and |G_B − G|², float64."""
-    batch, population = chosen.shape[1], len(kernel)
-    with_mean, squares = kernel.mean(1), []
-    # Summing up each minibatch's own part costs B² look-ups; a product with how often it has each example, N² at the
-    # speed of arithmetic, some 300 times as fast.
-    one_by_one = 300 * batch**2 < population**2
-    for part in torch.from_numpy(chosen).split(max(1, 4_000_000 // (batch**2 if one_by_one else population))):
-        if one_by_one:
-            squares.append(kernel[part[:, :, None], part[:, None, :]].sum((1, 2)))
-        else:
-            counts = torch.zeros(len(part), population, dtype=torch.float64)
-            counts.scatter_add_(1, part, torch.ones(part.shape, dtype=torch.float64))
-            squares.append(((counts @ kernel) * counts).sum(1))
-    squared_norm = torch.cat(squares).numpy() / batch**2
-    along = with_mean[torch.from_numpy(chosen)].mean(1).numpy()
-    return squared_norm, (squared_norm - 2 * along + with_mean.mean().item()).clip(min=0)
-
-
-def _lengths_one_by_one(dataset: data.Dataset, net: models.Model, chosen: np.ndarray) -> tuple[list, list]:
-    whole = [
-        g.to(dataset.device, torch.float32) for g in exact(net, dataset.train_inputs, dataset.train_targets).gradient
-    ]
+def _lengths(s: Stack, whole: dict[str, torch.Tensor], chosen: np.ndarray) -> tuple[list[float], list[float]]:
+    """|G_B|² and |G_B − G|² of the minibatches ``chosen`` ``(draws, batch)``, where G is ``whole``."""
     norms, distances = [], []
-    for indices in torch.from_numpy(chosen).to(dataset.device):
-        logits = net(dataset.train_inputs[indices][None])
-        loss = models.example_losses(logits, dataset.train_targets[indices][None]).mean()
-        found = torch.autograd.grad(loss, list(net.parameters()))
-        norms.append(_squared_norm(found))
-        distances.append(_squared_norm([g - w for g, w in zip(found, whole)]))
+    for indices in torch.from_numpy(chosen).to(s.problem.dataset.device):
+        _, gradient = mean_gradient(s, *s.problem.dataset.batch(indices))
+        norms.append(_squared_norm(gradient.values()))
+        distances.append(_squared_norm([g - whole[name] for name, g in gradient.items()]))
     return norms, distances
 
 
-def _squared_norm(tensors: Sequence[torch.Tensor]) -> float:
+def _squared_norm(tensors: Iterable[torch.Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors)
 
 
-def _examples(
-    net: models.Model, inputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Squared gradient norm of each example, gradients of the mean loss by parameter, and the mean loss."""
-    if net.training and any(isinstance(m, models.BatchNorm) for m in net.modules()):
-        raise ValueError(
-            "under batch normalisation an example has no gradient of its own: its loss depends on the others in its "
-            "batch; normalise with norm='group', or call net.eval() for the running statistics"
-        )
-    if net.closed_form:
-        return _by_factors(net, inputs, targets)
-    layers = [m for m in net.modules() if isinstance(m, (models.Linear, models.Conv2d))]
-    closed = {id(p) for layer in layers for p in layer.parameters()}
-    if all(id(p) in closed for p in net.parameters()):
-        return _closed_form(net, layers, inputs, targets)
-    return _one_by_one(net, inputs, targets)
+def of_examples(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Squared gradient norm of each example, the gradient of the mean loss by name, and the mean loss, a replica each.
+
+    Raises ValueError under batch normalisation in train mode, naming the layer.
+    """
+    s.refuse_batch_statistics("the gradient noise of single examples")
+    with deterministic(s):
+        closed = kernels.examples(s, inputs, targets)
+        if closed is not None:
+            return closed
+        found = [_one_replica(module, s.problem, inputs, targets) for module in _modules(s)]
+    norms, means, losses = zip(*found)
+    mean = {name: torch.stack([each[name] for each in means]) for name in s.parameters}
+    return torch.stack(norms), mean, torch.stack(losses)
 
 
-@torch.no_grad()
-def _by_factors(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor):
-    """Of a layer with input a and output gradient δ an example's squared norm is (‖a‖² + 1)·‖δ‖² (Goodfellow 2015)."""
-    n, mean = len(inputs), {name: torch.zeros_like(p) for name, p in net.named_parameters()}
-    norms = torch.zeros(net.replicas, n, dtype=torch.float64)
-    losses, factors = net.backpropagate(inputs.expand(net.replicas, *inputs.shape), targets.expand(net.replicas, -1))
-    for each in factors:
-        each.add_to(mean, alpha=1.0)
-        of_a, of_delta = (torch.linalg.vector_norm(t, dim=-1).cpu().double() for t in (each.given, each.delta))
-        norms[each.replica] += (of_a.square() + 1) * (of_delta * n).square()  # of each example's own loss, not the mean
-    return norms, list(mean.values()), losses.cpu().double()
+def _modules(s: Stack) -> list[nn.Module]:
+    """The replicas as ordinary modules."""
+    if s.kernel is None:
+        return s.roots
+    fresh = [s.problem.net.module(0) for _ in range(s.replicas)]
+    return stack.Modules(s.problem, fresh, range(s.replicas)).load(s.state()).eval().roots
 
 
-def _closed_form(net: models.Model, layers: list[torch.nn.Module], inputs: torch.Tensor, targets: torch.Tensor):
-    """As ``_by_factors``, by autograd; a convolution's gradient is Σ over positions of δ·patchᵀ."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    hooks = [
-        layer.register_forward_hook(lambda _, given, out: seen.append((given[0].detach(), out))) for layer in layers
-    ]
-    try:
-        logits = net(inputs.expand(net.replicas, *inputs.shape))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    losses = models.example_losses(logits, targets.expand(net.replicas, -1)).mean(1)
-    found = torch.autograd.grad(losses.sum(), [out for _, out in seen] + list(net.parameters()))
-    norms = torch.zeros(net.replicas, len(inputs), dtype=torch.float64)
-    for layer, (given, _), delta in zip(layers, seen, found):
-        delta = delta * len(inputs)  # of each example's own loss, not of the mean
-        if isinstance(layer, models.Conv2d):
-            patches = F.unfold(given, layer.weight.shape[-1], padding=layer.weight.shape[-1] // 2)
-            patches = patches.view(len(inputs), net.replicas, -1, patches.shape[-1])
-            delta = delta.view(len(inputs), net.replicas, -1, patches.shape[-1])
-            weight = torch.einsum("nrop,nrip->nroi", delta, patches).flatten(2).square().sum(2)
-            norms += (weight + delta.sum(3).square().sum(2)).T.cpu().double()
-        else:
-            norms += ((given.square().sum(2) + 1) * delta.square().sum(2)).cpu().double()
-    return norms, list(found[len(seen) :]), losses.detach().cpu().double()
+def _one_replica(
+    module: nn.Module, problem: Problem, inputs: Any, targets: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """Squared norms ``(n,)``, the mean gradient by name and the mean loss, by gradients of single examples."""
+    n, norms, mean, total = len(tree_leaves(targets)[0]), [], {}, 0.0
+    each = _vmapped if n > 1 and _vmap_agrees(module, problem, inputs, targets) else _one_by_one
+    for gradients, losses in each(module, problem, inputs, targets):
+        norms.append(sum(g.flatten(1).square().sum(1).cpu().double() for g in gradients.values()))
+        mean = {name: mean.get(name, 0.0) + g.sum(0) / n for name, g in gradients.items()}
+        total = total + losses.sum().cpu().double() / n
+    return torch.cat(norms), mean, total
 
 
-def _one_by_one(net: models.Model, inputs: torch.Tensor, targets: torch.Tensor):
-    """Each example's gradient in full, so many at a time as fit into ``_GRADIENT_BYTES``; for any parameters."""
-    parameters = {name: p.detach() for name, p in net.named_parameters()}
+Part = tuple[dict[str, torch.Tensor], torch.Tensor]  # gradients (k, *shape) and losses (k,) of some examples
 
-    def loss(parameters: Mapping[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor):
-        logits = torch.func.functional_call(net, parameters, (x.expand(net.replicas, 1, *x.shape),))
-        losses = models.example_losses(logits, y.expand(net.replicas, 1)).squeeze(1)
-        return losses.sum(), losses  # replicas do not mix: the gradient of the sum is each one's own
+
+def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _vmapped(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> Iterator[Part]:
+    """Gradients of as many examples at a time as fit into ``_GRADIENT_BYTES``, by ``torch.func``."""
+    trained = {name: p.detach() for name, p in _trained(module).items()}
+
+    def loss(parameters: dict[str, torch.Tensor], x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = tree_map(lambda t: t.unsqueeze(0), (x, y))
+        outputs = call(lambda *args, **named: torch.func.functional_call(module, parameters, args, named), x)
+        own = problem.example_losses(outputs, y).squeeze(0)
+        return own, own
 
     gradients = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0, 0))
-    chunk = max(1, _GRADIENT_BYTES // sum(p.numel() * p.element_size() for p in parameters.values()))
-    norms, mean, total = [], [0.0] * len(parameters), 0.0
-    for x, y in zip(inputs.split(chunk), targets.split(chunk)):
-        each, losses = gradients(parameters, x, y)
-        norms.append(sum(g.flatten(2).square().sum(2).cpu().double() for g in each.values()).T)
-        mean = [before + g.sum(0) / len(inputs) for before, g in zip(mean, each.values())]
-        total = total + losses.sum(0).cpu().double() / len(inputs)
-    return torch.cat(norms, dim=1), mean, total
+    chunk = max(1, _GRADIENT_BYTES // sum(p.numel() * p.element_size() for p in trained.values()))
+    for start in range(0, len(tree_leaves(targets)[0]), chunk):
+        yield gradients(trained, *_some((inputs, targets), slice(start, start + chunk)))
+
+
+def _one_by_one(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> Iterator[Part]:
+    """Gradients of one example at a time, by a backward pass each: for any module."""
+    trained = _trained(module)
+    for i in range(len(tree_leaves(targets)[0])):
+        x, y = _some((inputs, targets), slice(i, i + 1))
+        loss = problem.example_losses(call(module, x), y)
+        found = torch.autograd.grad(loss.sum(), list(trained.values()), allow_unused=True, materialize_grads=True)
+        yield {name: g.unsqueeze(0) for name, g in zip(trained, found)}, loss.detach()
+
+
+def _some(values: Any, part: slice) -> Any:
+    return tree_map(lambda t: t[part], values)
+
+
+def _vmap_agrees(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> bool:
+    """Whether ``torch.func`` can differentiate this module, and gives two examples the gradients that they have alone."""
+    two = _some((inputs, targets), slice(0, 2))
+    try:
+        fast, alone = (
+            [torch.cat(parts) for parts in zip(*(gradients.values() for gradients, _ in each(module, problem, *two)))]
+            for each in (_vmapped, _one_by_one)
+        )
+    except (
+        Exception
+    ):  # whatever it cannot do: data-dependent control flow, missing rules, operators that write in place
+        return False
+    return _squared_norm([f - a for f, a in zip(fast, alone)]) <= 1e-6 * _squared_norm(alone)
