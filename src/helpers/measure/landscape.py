@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,90 +15,93 @@ import torch
 from scipy import optimize
 from scipy.sparse import linalg as sparse_linalg
 
-from helpers.engine import kernels as models
-from helpers.problems import data
+from helpers.engine import stack
+from helpers.engine.order import epoch_order
+from helpers.measure.gradients import cast, deterministic
+from helpers.problems import Solution, nets
 
-_CHUNK = 5_000  # examples a pass, so that memory is flat in their number
+_CHUNK = 5_000  # examples a pass of a built-in net, so that memory is flat in their number
 
 
 class Landscape:
-    """The mean loss over a named set of examples as a function of the weights, one vector of a network's parameters.
+    """The mean loss over a named set of examples as a function of the weights, one vector of a net's parameters.
 
-    ``weights``: one replica's, by name, with a replica axis of 1; they make ``origin``, float64 ``(parameters,)`` in
-    the model's order. ``split``: ``"train"`` or ``"test"``; ``examples``: so many of it, the same for every network, or
-    None for all. ``loss``: see ``models.example_losses``. ``dtype``: what the network computes with.
+    The solution's weights make ``origin``, float64 ``(parameters,)``. Dropout is off, and batch normalisation uses its
+    running statistics.
+
+    split: ``"train"`` or ``"test"``.
+    examples: so many of the split, the same for every net; None for all.
+    dtype: of the net's computations.
+    Raises ValueError for more examples than there are.
     """
 
     def __init__(
         self,
-        dataset: data.Dataset,
-        model: str,
-        weights: Mapping[str, torch.Tensor],
+        solution: Solution,
         *,
         split: str = "train",
         examples: int | None = None,
-        loss: str = "cross_entropy",
         dtype: torch.dtype = torch.float32,
     ):
-        inputs, targets = getattr(dataset, f"{split}_inputs"), getattr(dataset, f"{split}_targets")
-        if examples is not None and not 1 <= examples <= len(targets):
-            raise ValueError(
-                f"examples is {examples!r}; expected 1 to {len(targets)} (the {split} set), or None for all"
-            )
-        chosen = data.epoch_order(len(targets), 0, 0)[:examples].to(dataset.device)
-        models.check_loss(loss)
-        self._kind = loss
-        self.inputs, self.targets = inputs[chosen].to(dtype), targets[chosen]
-        self.description = f"{len(chosen):,} {split} examples"
-        self.net = models.restored(model, dataset, weights, dtype=dtype)
-        self.origin = _vector(self.net.parameters())
+        dataset = solution.problem.dataset
+        size = dataset.size(split)
+        if not 1 <= (size if examples is None else examples) <= size:
+            raise ValueError(f"examples is {examples!r}; expected 1 to {size} (the {split} set), or None for all")
+        chosen = epoch_order(size, 0, 0)[:examples].to(dataset.device)
+        self.num_examples, self.description = len(chosen), f"{len(chosen):,} {split} examples"
+        self.stack = stack.at(solution, dtype=dtype)
+        chunk = self.stack.chunk if self.stack.kernel is None else _CHUNK
+        self.batches = [cast(dataset.batch(part, split), dtype) for part in chosen.split(chunk)]
+        self.origin = _vector(self.stack.parameters.values())
 
-    def _chunks(self):
-        return zip(self.inputs.split(_CHUNK), self.targets.split(_CHUNK))
-
-    def _move(self, vector: np.ndarray) -> list[torch.nn.Parameter]:
-        parameters = list(self.net.parameters())
+    def _move(self, vector: np.ndarray) -> None:
         with torch.no_grad():
-            for p, part in zip(parameters, self._parts(vector)):
+            for p, part in zip(self.stack.parameters.values(), self._parts(vector)):
                 p.copy_(part)
-        return parameters
 
     def _parts(self, vector: np.ndarray) -> list[torch.Tensor]:
-        flat = torch.from_numpy(np.ascontiguousarray(vector)).to(self.inputs.device, self.inputs.dtype)
-        shapes = [p.shape for p in self.net.parameters()]
-        return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes)]
+        parameters = list(self.stack.parameters.values())
+        flat = torch.from_numpy(np.ascontiguousarray(vector)).to(parameters[0].device, parameters[0].dtype)
+        return [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters)]
 
-    def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return models.example_losses(self.net(inputs[None]), targets[None], self._kind).sum() / len(self.targets)
+    def _slopes(self, batch: tuple, create_graph: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A batch's part of the mean loss, and of its gradient."""
+        loss = self.stack.losses(*batch).sum() / self.num_examples
+        leaves = self.stack.autograd_leaves()
+        return loss, torch.autograd.grad(loss, leaves, create_graph=create_graph, materialize_grads=True)
 
     @torch.no_grad()
     def loss(self, vector: np.ndarray) -> tuple[float, float]:
-        """Mean loss and accuracy (0 to 1) at ``vector``."""
+        """Mean loss and accuracy (0 to 1; NaN where there is none) at ``vector``."""
         self._move(vector)
-        loss, right = 0.0, 0
-        for inputs, targets in self._chunks():
-            logits = self.net(inputs[None])
-            loss += float(models.example_losses(logits, targets[None], self._kind).sum())
-            right += int((logits[0].argmax(1) == targets).sum())
-        return loss / len(self.targets), right / len(self.targets)
+        with deterministic(self.stack):
+            sums = [torch.cat(self.stack.evaluate(*batch)) for batch in self.batches]
+        loss, right = (sum(sums) / self.num_examples).tolist()
+        return loss, right
 
     def gradient(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
         """Mean loss and its gradient at ``vector``: float64 ``(parameters,)``."""
-        parameters = self._move(vector)
+        self._move(vector)
         loss, total = 0.0, np.zeros_like(self.origin)
-        for chunk in self._chunks():
-            part = self._loss(*chunk)
-            total += _vector(torch.autograd.grad(part, parameters))
-            loss += float(part.detach())
+        with deterministic(self.stack):
+            for batch in self.batches:
+                part, slopes = self._slopes(batch)
+                total += _vector(slopes)
+                loss += float(part.detach())
         return loss, total
 
     def hessian_vector(self, v: np.ndarray) -> np.ndarray:
         """The Hessian at ``origin`` times ``v``, by differentiating twice (Pearlmutter 1994): ``(parameters,)``."""
-        parameters, direction, total = self._move(self.origin), self._parts(v), np.zeros_like(self.origin)
-        for chunk in self._chunks():
-            slopes = torch.autograd.grad(self._loss(*chunk), parameters, create_graph=True)
-            products = torch.autograd.grad(sum((g * d).sum() for g, d in zip(slopes, direction)), parameters)
-            total += _vector(products)
+        self._move(self.origin)
+        direction, total = self._parts(v), np.zeros_like(self.origin)
+        if self.stack.kernel is None:
+            direction = [d.squeeze(0) for d in direction]  # a module's parameters have no replica axis
+        with deterministic(self.stack):
+            for batch in self.batches:
+                _, slopes = self._slopes(batch, create_graph=True)
+                along = sum((g * d).sum() for g, d in zip(slopes, direction))
+                leaves = self.stack.autograd_leaves()
+                total += _vector(torch.autograd.grad(along, leaves, materialize_grads=True))
         return total
 
 
@@ -174,10 +177,14 @@ def line(landscape: Landscape, start: np.ndarray, end: np.ndarray, alphas: Itera
 
 
 def filter_normalised(landscape: Landscape, seed: int = 0) -> np.ndarray:
-    """A random direction, for each unit as long as that unit's weights; biases stay (Li 2018, section 4)."""
+    """A random direction, for each unit as long as that unit's weights; biases stay (Li 2018, section 4).
+
+    Units are the first axis of every parameter with at least two axes; any other parameter counts as a bias.
+    """
     rng, parts = np.random.default_rng(seed), []
-    for name, p in landscape.net.named_parameters():
-        units = p.detach()[0].flatten(1).cpu().double().numpy() if name.endswith("weight") else np.zeros(p[0].shape)
+    for p in landscape.stack.parameters.values():
+        own = p.detach()[0].cpu().double()
+        units = own.flatten(1).numpy() if own.dim() > 1 else np.zeros(own.shape)
         noise = rng.standard_normal(units.shape)
         parts.append(
             noise * np.linalg.norm(units, axis=-1, keepdims=True) / np.linalg.norm(noise, axis=-1, keepdims=True)
@@ -185,45 +192,44 @@ def filter_normalised(landscape: Landscape, seed: int = 0) -> np.ndarray:
     return np.concatenate([part.ravel() for part in parts])
 
 
-def rescale(weights: Mapping[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
+def rescale(solution: Solution, factor: float) -> Solution:
     """The same function in other weights: the first ReLU layer times ``factor``, the next divided by it (Dinh 2017).
 
-    Raises ValueError unless the factor is above 0: ReLU commutes with no other.
+    Raises ValueError unless the factor is above 0, because ReLU commutes with no other; and for a net that is neither a
+    built-in one without normalisation nor a Sequential of linear layers, convolutions, ReLU and max pooling.
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"factor is {factor!r}; expected a finite number above 0")
-    following = "layers.1.weight" if "layers.1.weight" in weights else "head.weight"
-    factors = {"layers.0.weight": factor, "layers.0.bias": factor, following: 1 / factor}
-    return {name: tensor * factors.get(name, 1.0) for name, tensor in weights.items()}
+    module, weighted = solution.problem.net.module(0), (torch.nn.Linear, torch.nn.Conv2d)
+    kinds = (*weighted, torch.nn.ReLU, torch.nn.Flatten, torch.nn.MaxPool2d)
+    names = [name for name, m in module.named_modules() if isinstance(m, weighted)]
+    plain = isinstance(module, torch.nn.Sequential) and all(isinstance(m, kinds) for m in module)
+    if len(names) < 2 or not (plain or (isinstance(module, nets.Classifier) and not module.norms)):
+        raise ValueError(
+            f"{solution.problem.net.name} is no plain ReLU net with a hidden layer; only those can be rescaled"
+        )
+    factors = {f"{names[0]}.weight": factor, f"{names[0]}.bias": factor, f"{names[1]}.weight": 1 / factor}
+    return Solution(solution.problem, {n: tensor * factors.get(n, 1.0) for n, tensor in solution.weights.items()})
 
 
-def spectrum(
-    dataset: data.Dataset, model: str, weights: Mapping[str, torch.Tensor], *, seed: int, count: int = 1, **of: object
-) -> pd.DataFrame:
-    """``eigenvalues`` of a network, as ``sweeps.measure`` asks for it; ``of``: the options of ``Landscape``."""
-    return eigenvalues(Landscape(dataset, model, weights, **of), count)
+def spectrum(solution: Solution, *, seed: int = 0, count: int = 1, **of: object) -> pd.DataFrame:
+    """``eigenvalues`` for ``sweep.measure``; ``of``: the options of ``Landscape``."""
+    return eigenvalues(Landscape(solution, **of), count)
 
 
 def boxes(
-    dataset: data.Dataset,
-    model: str,
-    weights: Mapping[str, torch.Tensor],
+    solution: Solution,
     *,
-    seed: int,
+    seed: int = 0,
     epsilons: Sequence[float],
     dimensions: Sequence[int | None] = (None,),
     **of: object,
 ) -> pd.DataFrame:
-    """``box_sharpness`` of a network for each of ``epsilons`` and ``dimensions``, as ``sweeps.measure`` asks for it."""
-    # In float64, for a rise of a fitted network's loss is small; where the device has it.
-    dtype = torch.float32 if dataset.device.type == "mps" else torch.float64
-    landscape = Landscape(dataset, model, weights, dtype=dtype, **of)
-    rows = [
-        {
-            "epsilon": e,
-            "dimensions": d or len(landscape.origin),
-            "box_sharpness": box_sharpness(landscape, e, dimensions=d),
-        }
-        for e, d in itertools.product(epsilons, dimensions)
-    ]
+    """``box_sharpness`` for each of ``epsilons`` and ``dimensions``, for ``sweep.measure``."""
+    # In float64, where the device has it, because the loss of a fitted net rises by little.
+    dtype = torch.float32 if solution.problem.dataset.device.type == "mps" else torch.float64
+    landscape, rows = Landscape(solution, dtype=dtype, **of), []
+    for e, d in itertools.product(epsilons, dimensions):
+        sharpness = box_sharpness(landscape, e, dimensions=d)
+        rows.append({"epsilon": e, "dimensions": d or len(landscape.origin), "box_sharpness": sharpness})
     return pd.DataFrame(rows)
