@@ -1,6 +1,6 @@
-"""Memory: what autograd keeps for the backward pass, counted; a device's peak, measured; the line from batch to bytes.
+"""Memory: bytes that autograd keeps for the backward pass, a device's peak, and the line from batch to bytes.
 
-Fitted to a few small batches, the line says which is the largest that fits before it is tried.
+Fitted to a few small batches, the line predicts the largest batch that fits before it is tried.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-import threading
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor
@@ -20,9 +20,12 @@ import psutil
 import torch
 from joblib.externals.loky import ProcessPoolExecutor
 
+from helpers.engine.training import Training
+from helpers.problems import Problem
+
 
 class _Kept:
-    """A saved tensor; ``Saved`` hears when autograd lets go of it."""
+    """A saved tensor that tells ``Saved`` when autograd lets go of it."""
 
     def __init__(self, saved: Saved, tensor: torch.Tensor, address: int):
         self.saved, self.tensor, self.address = saved, tensor, address
@@ -32,13 +35,12 @@ class _Kept:
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts, while it is entered, the bytes that autograd keeps for the backward pass: exactly, a storage once.
+    """Counts, while it is entered, the bytes that autograd keeps for the backward pass: exactly, each storage once.
 
-    ``without``: tensors that are not counted, such as the parameters. ``now`` and ``peak`` are in bytes. With a
-    ``limit`` it refuses more, as a full device does: by ``torch.OutOfMemoryError``. ``Saved.entered`` is how many are.
+    without: tensors that are not counted, such as the parameters.
+    limit: bytes beyond which it raises ``torch.OutOfMemoryError``, as a full device does.
+    ``now`` and ``peak`` are in bytes. A gradient in closed form keeps nothing: train with ``closed_form=False``.
     """
-
-    entered = 0
 
     def __init__(self, without: Iterable[torch.Tensor] = (), limit: float = math.inf):
         self.now = self.peak = 0
@@ -47,15 +49,6 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         self._excluded = {storage.data_ptr() for storage in self._without}
         self._kept: Counter[int] = Counter()
         super().__init__(self._pack, lambda kept: kept.tensor if isinstance(kept, _Kept) else kept)
-
-    def __enter__(self) -> Saved:
-        super().__enter__()
-        Saved.entered += 1
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        Saved.entered -= 1
-        super().__exit__(*error)
 
     def _pack(self, tensor: torch.Tensor) -> object:
         storage = tensor.untyped_storage()
@@ -80,18 +73,19 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str = "cpu") -> list[int]:
-    """For each function, the most bytes that it takes on the device beyond what was in use before it.
+    """For each function, the most bytes that it takes on the device beyond those in use before it.
 
-    On CUDA the allocator's own count. Elsewhere the resident set of a process of its own: Linux keeps its highest, on
-    other systems it is read every half millisecond. In that process the C library (glibc) gives large blocks back when
-    they are freed, where otherwise it keeps some, and the peak would hang on what ran before. Each function is called
-    twice: what is allocated once and for all, by the first call, is not counted. It goes there by pickle, as a
-    ``training.step`` can.
+    functions: called twice each, so that one-off allocations of the first call do not count. Off CUDA they go by
+        cloudpickle to a process of their own, as a ``training.step`` can, of a problem defined anywhere.
+    device: on CUDA, the allocator's count; elsewhere the process's resident set. Linux can reset its highest value;
+        other systems cannot, so there every function gets a fresh process, and one-off allocations count.
     """
     if torch.device(device).type == "cuda":
         return [_cuda_peak(function, device) for function in functions]
+    process = _process if sys.platform == "linux" else _process.__wrapped__
+    measure = _resident_peak if sys.platform == "linux" else _lifetime_peak
     try:
-        return list(_process(torch.get_num_threads()).map(_resident_peak, functions))
+        return [process(torch.get_num_threads()).submit(measure, function).result() for function in functions]
     except BrokenExecutor:
         _process.cache_clear()
         raise
@@ -99,7 +93,11 @@ def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str 
 
 @functools.cache
 def _process(threads: int) -> ProcessPoolExecutor:
-    """A process of its own, kept for a minute: starting one takes seconds."""
+    """A process of its own, kept for a minute because starting one takes seconds.
+
+    In it the C library (glibc) returns large blocks when they are freed. It would otherwise keep some, and the peak
+    would depend on earlier calls.
+    """
     env = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(threads)}
     return ProcessPoolExecutor(max_workers=1, env=env, timeout=60)
 
@@ -116,43 +114,41 @@ def _cuda_peak(function: Callable[[], object], device: torch.device | str) -> in
 
 def _resident_peak(function: Callable[[], object]) -> int:
     function()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest resident set so far
-    except OSError:
-        return _watched_peak(function)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest resident set so far
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
-    """A figure of Linux's on this process, in bytes."""
+    """Linux's figure ``name`` of this process, in bytes."""
     kilobytes = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return 1024 * int(kilobytes[1])
 
 
-def _watched_peak(function: Callable[[], object]) -> int:
-    process, done = psutil.Process(), threading.Event()
-    before = highest = process.memory_info().rss
+def _lifetime_peak(function: Callable[[], object]) -> int:
+    before = psutil.Process().memory_info().rss
+    function()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset - before
+    import resource
 
-    def watch():
-        nonlocal highest
-        while not done.wait(0.0005):
-            highest = max(highest, process.memory_info().rss)
+    kilobytes = 1024 if sys.platform == "linux" else 1  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes - before
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        function()
-    finally:
-        done.set()
-        watcher.join()
-    return highest - before
+
+def largest_batch(problem: Problem, budget: float, batches: Sequence[int] = (16, 32, 64), **settings: object) -> int:
+    """Predict the largest batch size whose training step takes at most ``budget`` bytes, from a few small batches.
+
+    settings: of ``Training``, such as the optimizer. Raises ValueError where not even one example fits.
+    """
+    steps = [Training(problem, batch_size=batch, **settings).step for batch in batches]
+    return fit_line(batches, peaks(steps, problem.dataset.device)).largest_batch(budget)
 
 
 @dataclass(frozen=True)
 class Line:
-    """``bytes = fixed + per_example · batch``; ``residual`` is the largest relative one of the points fitted."""
+    """``bytes = fixed + per_example · batch``; ``residual`` is the largest relative deviation of a fitted point."""
 
     fixed: float
     per_example: float
@@ -162,7 +158,7 @@ class Line:
         return self.fixed + self.per_example * batch
 
     def largest_batch(self, budget: float) -> int:
-        """The most examples whose bytes are within ``budget``. Raises ValueError where not even one is."""
+        """The most examples whose bytes are within ``budget``. Raises ValueError where not even one fits."""
         if self.per_example <= 0:
             raise ValueError(
                 f"the bytes do not grow with the batch ({self.per_example:.3g} an example): fit larger ones"
@@ -173,16 +169,9 @@ class Line:
 
 
 def fit_line(batches: Sequence[float], measured: Sequence[float]) -> Line:
-    """The least-squares line of bytes in the batch; ValueError for fewer than two different batches."""
+    """The least-squares line of bytes against batch size. Raises ValueError for fewer than two different batches."""
     if len(set(batches)) < 2:
         raise ValueError(f"batches are {list(batches)}; a line needs at least two different ones")
     slope, fixed = np.polyfit(np.asarray(batches, dtype=float), np.asarray(measured, dtype=float), 1)
     residual = max(abs(fixed + slope * b - m) / max(m, 1) for b, m in zip(batches, measured))
     return Line(float(fixed), float(slope), float(residual))
-
-
-def exhausted(error: BaseException) -> bool:
-    """Whether it says that memory did not suffice: by its class, or in the words of a CPU's or MPS's allocator."""
-    # oneDNN, which convolves on a CPU, says no more than that it could not create what it wanted the memory for.
-    words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
