@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.ledger import claims, inference
+from helpers.ledger import inference, rules
 
 RNG = np.random.default_rng(0)
 
 
 def test_the_spread_is_that_of_the_figures_the_interval_came_of():
     values = RNG.normal(3, 2, size=7)
-    mean, _, high = claims.interval(values)
+    mean, _, high = rules.interval(values)
     assert inference.spread(mean, high, 7) == pytest.approx(values.std(ddof=1))
     assert math.isnan(inference.spread(1.0, math.nan, 1))
 
@@ -21,7 +21,7 @@ def test_the_spread_is_that_of_the_figures_the_interval_came_of():
 def test_a_verdict_of_the_rule_has_a_p_value_below_two_and_a_half_per_cent_and_no_other_has():
     for _ in range(300):
         values, low, high = RNG.normal(0, 1, size=RNG.integers(3, 8)), *sorted(RNG.normal(0, 2, size=2))
-        mean, left, right = claims.interval(values)
+        mean, left, right = rules.interval(values)
         p = inference.p_value(mean, values.std(ddof=1), len(values), low, high)
         assert (p < 0.025) == (low <= left and right <= high)
         p = inference.p_value(mean, values.std(ddof=1), len(values), low, high, outside=True)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from companion import pages, runs
-from helpers.ledger import claims
+from helpers.ledger import claims, rules
 from helpers.problems import data
 
 NAMES = sorted(runs.notebooks())
@@ -100,7 +100,7 @@ def test_it_runs_headlessly_and_every_slider_works(name, tmp_path):
     assert ledger.exists() == any("claims.Ledger" in c.source for c in _code(name))
     if ledger.exists():
         table = pd.read_csv(ledger)
-        assert set(table["verdict"]) <= set(claims.VERDICTS)
+        assert set(table["verdict"]) <= set(rules.VERDICTS)
         assert table["ours"].notna().all()
     assert (out / f"{name}.html").exists()
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from companion import cli, pages, report, runs
-from helpers.ledger import claims
+from helpers.ledger import claims, rules
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def words(page: str) -> str:
 
 def test_every_claim_links_to_the_cell_that_judges_it_and_names_data_and_command(run_folder):
     page = (run_folder / "index.html").read_text(encoding="utf-8")
-    table = claims.read(run_folder / "claims.csv")
+    table = rules.read(run_folder / "claims.csv")
     for claim, parts in table.groupby("claim"):
         body = re.search(rf'<tbody class="claim[^>]* id="{claim}">(.*?)</tbody>', page, re.S).group(1)
         cell = re.search(r'href="#([^"]+)">the cell', body).group(1)
@@ -45,7 +45,7 @@ def test_every_claim_links_to_the_cell_that_judges_it_and_names_data_and_command
         assert f"companion run --profile quick --dataset digits --only {notebook[:2]} -p lr=0.02" in body
         for name in re.findall(r'href="tables/([^"]+)"', body):
             assert len(pd.read_parquet(run_folder / "tables" / name))
-        for shown in claims.readable(parts)["ours [95 %]"]:
+        for shown in rules.readable(parts)["ours [95 %]"]:
             assert shown in body
 
 
@@ -53,12 +53,12 @@ def test_the_command_on_the_page_makes_the_same_figures_again(run_folder, tmp_pa
     command = report.command(json.loads((run_folder / "run.json").read_text()), "05_batch_size_switching")
     arguments = [*command.split()[1:], "--out", str(tmp_path / "again")]
     assert CliRunner().invoke(cli.main, arguments).exit_code == 0
-    once, again = (claims.read(f / "claims/05_batch_size_switching.csv") for f in (run_folder, tmp_path / "again"))
+    once, again = (rules.read(f / "claims/05_batch_size_switching.csv") for f in (run_folder, tmp_path / "again"))
     pd.testing.assert_frame_equal(once, again)
 
 
 def test_the_figures_in_the_sentences_are_the_ledgers(copied):
-    table = claims.read(copied / "claims.csv")
+    table = rules.read(copied / "claims.csv")
     row = table[(table.claim == "sweep-accuracy") & (table.part == "64")].index[0]
     table.loc[row, ["ours", "low", "high"]] = [12.34, 12.0, 12.68]
     table.to_csv(copied / "claims.csv", index=False)
@@ -68,16 +68,17 @@ def test_the_figures_in_the_sentences_are_the_ledgers(copied):
 def test_a_sentence_concludes_only_where_its_claims_are_reproduced(copied):
     said = "what it lacks is training"
     assert said not in report.write(copied).read_text()
-    table = claims.read(copied / "claims.csv")
-    table["verdict"] = claims.REPRODUCED
+    table = rules.read(copied / "claims.csv")
+    table["verdict"] = rules.REPRODUCED
     table.to_csv(copied / "claims.csv", index=False)
     assert said in report.write(copied).read_text()
 
 
 def test_every_sentence_is_of_claims_and_parts_that_exist():
     rows = [
-        {"claim": c, "part": p, "ours": 1.0, "high": 1.1} for c, claim in claims.CLAIMS.items() for p in claim.parts
-    ]
+        {"claim": c, "part": p.label, "ours": 1.0, "high": 1.1, "verdict": rules.REPRODUCED}
+        for c, claim in claims.CLAIMS.items() for p in claim.parts.values()
+    ]  # fmt: skip
     figures = report._Figures(pd.DataFrame(rows))
     for sentence in (*report.ANSWER, *report.FINDINGS):
         assert sentence.text.format(p=figures) and set(sentence.claims) <= set(claims.CLAIMS)
@@ -104,12 +105,12 @@ def test_a_reference_that_cannot_be_read_costs_a_run_nothing(held, copied, tmp_p
 
 def test_chance_counts_what_is_decided():
     rows = []
-    for mean, verdict in [(1.0, claims.REPRODUCED), (0.02, claims.REPRODUCED), (-1.0, claims.NOT_REPRODUCED)]:
+    for mean, verdict in [(1.0, rules.REPRODUCED), (0.02, rules.REPRODUCED), (-1.0, rules.NOT_REPRODUCED)]:
         values = mean + np.array([-0.01, 0.0, 0.01])
-        _, low, high = claims.interval(values)
+        _, low, high = rules.interval(values)
         rows.append({"counts": True, "verdict": verdict, "ours": mean, "low": low, "high": high, "n": 3, "above": 0.0,
                      "below": np.inf})  # fmt: skip
-    rows += [rows[0] | {"counts": False}, rows[0] | {"verdict": claims.INCONCLUSIVE}]
+    rows += [rows[0] | {"counts": False}, rows[0] | {"verdict": rules.INCONCLUSIVE}]
     found = report.chance(pd.DataFrame(rows))
     assert found == {"decided": 3, "expected": pytest.approx(0.075), "survive": 3}
 
@@ -166,14 +167,14 @@ def test_a_reference_is_exported_in_parts(run_folder, tmp_path):
         run = json.loads((parts[number] / "run.json").read_text())
         run["notebooks"] = [one for one in run["notebooks"] if one["name"] == keep]
         (parts[number] / "run.json").write_text(json.dumps(run))
-        table = claims.read(run_folder / "claims.csv")
+        table = rules.read(run_folder / "claims.csv")
         table[table.notebook == keep].to_csv(parts[number] / "claims.csv", index=False)
     for number in ("05", "02", "05"):
         report.export(parts[number], tmp_path / "kept")
     whole, kept = (json.loads((f / "run.json").read_text()) for f in (run_folder, tmp_path / "kept"))
     assert [n["name"] for n in kept["notebooks"]] == [n["name"] for n in whole["notebooks"]]
     assert kept["seconds"] == pytest.approx(sum(n["seconds"] for n in whole["notebooks"]), abs=0.1)
-    pd.testing.assert_frame_equal(claims.read(run_folder / "claims.csv"), claims.read(tmp_path / "kept/claims.csv"))
+    pd.testing.assert_frame_equal(rules.read(run_folder / "claims.csv"), rules.read(tmp_path / "kept/claims.csv"))
 
 
 def test_the_summary_names_what_each_notebook_was_run_on():
@@ -195,11 +196,11 @@ def test_the_readme_holds_the_summary_of_the_committed_reference():
 
 def test_the_committed_reference_is_whole_and_small():
     run = json.loads((report.REFERENCE / "run.json").read_text(encoding="utf-8"))
-    table = claims.read(report.REFERENCE / "claims.csv")
+    table = rules.read(report.REFERENCE / "claims.csv")
     assert set(table.claim) == set(claims.CLAIMS) and {n["name"] for n in run["notebooks"]} == set(runs.notebooks())
     for claim_id, parts in table.groupby("claim"):
         for row in parts.to_dict("records"):
-            part = claims.CLAIMS[claim_id].parts[row["part"]]
+            (part,) = [p for p in claims.CLAIMS[claim_id].parts.values() if p.label == row["part"]]
             assert (row["above"], row["below"], row["rule"]) == (part.low, part.high, part.rule)
     files = [f for f in report.REFERENCE.rglob("*") if f.is_file() and f.name != "index.html"]  # not committed
     assert all(

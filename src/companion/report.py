@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from companion import pages
-from helpers.ledger import claims, inference
+from helpers.ledger import claims, inference, rules
 from helpers.problems import data
 
 REFERENCE = Path(__file__).resolve().parents[2] / "outputs" / "reference"
@@ -28,7 +28,7 @@ CARRYING = ("02_three_axes", "03_walk_and_frozen", "05_switching")  # the three 
 
 @dataclass(frozen=True)
 class Sentence:
-    """Words around figures of the ledger, ``{p[claim/part]}``: what they say holds whatever those come to.
+    """Words around figures of the ledger, ``{p[claim/part key]}``: what they say holds whatever those come to.
 
     ``then`` follows where every claim of the sentence is reproduced.
     """
@@ -40,7 +40,11 @@ class Sentence:
 
     @property
     def claims(self) -> list[str]:
-        return list(dict.fromkeys(re.findall(r"\[([\w-]+)/", self.text)))
+        return list(dict.fromkeys(figure.split("/")[0] for figure in self.figures))
+
+    @property
+    def figures(self) -> list[str]:
+        return re.findall(r"p\[(.+?)\]", self.text)
 
 
 ANSWER = (
@@ -49,33 +53,33 @@ ANSWER = (
         "batch 256 at {p[sweep-accuracy/256]:.2f} %, batch 1024 at {p[sweep-accuracy/1024]:.2f} %."
     ),
     Sentence(
-        "After equally many steps instead, batch 1024 is {p[equal-steps/1024 − 64 at equal steps]:+.2f} points from "
-        "batch 64 and has travelled {p[equal-steps/distance 1024 ÷ 64 at equal steps]:.3f} times as far."
+        "After equally many steps instead, batch 1024 is {p[equal-steps/accuracy]:+.2f} points from "
+        "batch 64 and has travelled {p[equal-steps/distance]:.3f} times as far."
     ),
     Sentence(
-        "With 10 times the learning rate batch 1024 ends at {p[lr-repairs/1024 at × 10]:.2f} %, "
-        "{p[lr-repairs/gain of × 10]:+.2f} points on its own at the lower rate."
+        "With 10 times the learning rate batch 1024 ends at {p[lr-repairs/1024x10]:.2f} %, "
+        "{p[lr-repairs/gain]:+.2f} points on its own at the lower rate."
     ),
     Sentence(
         "Train minus test accuracy, the gap by which the write-up measures generalisation, is {p[sweep-gap/64]:.2f} "
         "points at batch 64 and {p[sweep-gap/1024]:.2f} at batch 1024."
     ),
     Sentence(
-        "A run that leaves batch 1024 for batch 64 ends {p[switch-recovers/to batch 64, gain over control]:+.2f} "
-        "points from one that goes on; left early or late, it ends {p[early-switch/early − late]:+.2f} points apart."
+        "A run that leaves batch 1024 for batch 64 ends {p[switch-recovers/batch-gain]:+.2f} "
+        "points from one that goes on; left early or late, it ends {p[early-switch/early-late]:+.2f} points apart."
     ),
     Sentence(
-        "The summed gradient of 1,024 examples is {p[walk-norm-grows/1024 ÷ 64]:.2f} times as long in one batch as in "
-        "batches of 64 while the weights move, and the same to {p[frozen-norm-flat/largest deviation]:.0e} when they "
+        "The summed gradient of 1,024 examples is {p[walk-norm-grows/1024/64]:.2f} times as long in one batch as in "
+        "batches of 64 while the weights move, and the same to {p[frozen-norm-flat/largest-deviation]:.0e} when they "
         "are held."
     ),
 )
 
 FINDINGS = (
     Sentence(
-        "A trial that takes a step after each minibatch finds a norm {p[walk-norm-grows/64 ÷ 2]:.2f} times as large at "
-        "batch 64 as at 2, and {p[walk-norm-grows/1024 ÷ 64]:.2f} times as large at 1024 as at 64. With the weights "
-        "held, no two splits of the same examples differ by more than {p[frozen-norm-flat/largest deviation]:.0e}: a "
+        "A trial that takes a step after each minibatch finds a norm {p[walk-norm-grows/64/2]:.2f} times as large at "
+        "batch 64 as at 2, and {p[walk-norm-grows/1024/64]:.2f} times as large at 1024 as at 64. With the weights "
+        "held, no two splits of the same examples differ by more than {p[frozen-norm-flat/largest-deviation]:.0e}: a "
         "sum does not depend on its order. All of the growth is the weights moving inside the trial.",
         "Does the gradient grow with the batch?",
         "03_walk_and_frozen",
@@ -89,39 +93,39 @@ FINDINGS = (
         "By that metric the largest batch generalises best; what it lacks is training.",
     ),
     Sentence(
-        "At equal epochs batch 64 and 1024 are {p[sweep-accuracy/64 − 256]:.2f} + {p[sweep-accuracy/256 − 1024]:.2f} "
-        "points apart, by way of 256; at equal steps {p[equal-steps/1024 − 64 at equal steps]:+.2f}, and their weights "
-        "have gone {p[equal-steps/distance 1024 ÷ 64 at equal steps]:.3f} times as far.",
+        "At equal epochs batch 64 and 1024 are {p[sweep-accuracy/64-256]:.2f} + {p[sweep-accuracy/256-1024]:.2f} "
+        "points apart, by way of 256; at equal steps {p[equal-steps/accuracy]:+.2f}, and their weights "
+        "have gone {p[equal-steps/distance]:.3f} times as far.",
         "Is it the batch, or the number of steps?",
         "02_three_axes",
         "Accuracy at equal epochs is steps in disguise.",
     ),
     Sentence(
-        "At learning rate 0.01 Adam ends at {p[adam-leaves/lr 0.01: end ÷ start]:.2f} times the radius it starts at, "
-        "at the usual 0.001 at {p[adam-leaves/lr 0.001: end ÷ start]:.2f} times; its test accuracy at 0.001 is "
-        "{p[adam-leaves/accuracy, lr 0.001 − 0.01]:+.2f} points from that at 0.01.",
+        "At learning rate 0.01 Adam ends at {p[adam-leaves/0.01-end/start]:.2f} times the radius it starts at, "
+        "at the usual 0.001 at {p[adam-leaves/0.001-end/start]:.2f} times; its test accuracy at 0.001 is "
+        "{p[adam-leaves/accuracy-0.001-0.01]:+.2f} points from that at 0.01.",
         "Does Adam end far away, and worse?",
         "04_radius",
         "A verdict on Adam that does not give its learning rate is a verdict on the rate.",
     ),
     Sentence(
         "Over the eight sizes, the change of test accuracy from epoch to epoch and the size correlate by "
-        "{p[blobs-tension/noise falls]:+.2f} (Spearman). Batch 450 of 500 examples leaves a last minibatch of 50; the "
+        "{p[blobs-tension/noise-falls]:+.2f} (Spearman). Batch 450 of 500 examples leaves a last minibatch of 50; the "
         "figure sets beside the eight those sizes that divide 500.",
         "Why is the largest minibatch of the toy problem noisy again?",
         "01_tension",
     ),
     Sentence(
-        "The large batch's solution has {p[sharp-large/λ_max, large ÷ small]:.2f} times the small one's λ_max; once "
-        "both rates are retuned, that ratio is {p[sharp-large/λ_max ratio, retuned ÷ not]:.2f} times what it was. The "
+        "The large batch's solution has {p[sharp-large/lambda]:.2f} times the small one's λ_max; once "
+        "both rates are retuned, that ratio is {p[sharp-large/retuned]:.2f} times what it was. The "
         "figure sets λ_max against the train loss that each run has reached.",
         "Are the minima of large batches sharp, or merely early?",
         "08_sharpness_and_loss",
     ),
     Sentence(
-        "From the best rate of the small batch plain SGD gains {p[rules/SGD: √ − none]:+.2f} points by the "
-        "square-root rule and {p[rules/SGD: linear − √]:+.2f} more by the linear one; SGD with momentum gains "
-        "{p[rules/momentum: linear − none]:+.2f} by the linear rule. The figure shows each from lower rates too.",
+        "From the best rate of the small batch plain SGD gains {p[rules/sgd-sqrt-none]:+.2f} points by the "
+        "square-root rule and {p[rules/sgd-linear-sqrt]:+.2f} more by the linear one; SGD with momentum gains "
+        "{p[rules/momentum-linear-none]:+.2f} by the linear rule. The figure shows each from lower rates too.",
         "When does the linear rule help?",
         "06_rules_by_start",
     ),
@@ -129,7 +133,7 @@ FINDINGS = (
 
 
 class _Figures(dict):
-    """The ledger's means by ``claim/part``; formats as the mean and half its interval."""
+    """The ledger's means by ``claim/part key``, of the parts that were judged; formats as mean ± half the interval."""
 
     @dataclass(frozen=True)
     class Mean:
@@ -142,8 +146,11 @@ class _Figures(dict):
 
     def __init__(self, table: pd.DataFrame):
         super().__init__()
-        for row in table.to_dict("records"):
-            self[f"{row['claim']}/{row['part']}"] = self.Mean(row["ours"], row["high"] - row["ours"])
+        judged = {(r["claim"], r["part"]): r for r in table.to_dict("records") if r["verdict"] != rules.NOT_JUDGED}
+        for claim_id, claim in claims.CLAIMS.items():
+            for key, part in claim.parts.items():
+                if row := judged.get((claim_id, part.label)):
+                    self[f"{claim_id}/{key}"] = self.Mean(row["ours"], row["high"] - row["ours"])
 
 
 def write(folder: Path, file: Path | None = None, reference: Path = REFERENCE) -> Path:
@@ -164,8 +171,8 @@ def write(folder: Path, file: Path | None = None, reference: Path = REFERENCE) -
     ]
     sizes = [data.TEST_SIZES[n.get("dataset")] for n in run["notebooks"] if n.get("dataset") in data.TEST_SIZES]
     page = pages.render(
-        "report.html.j2", run=run, notebooks=notebooks, claims=ledger, verdicts=claims.VERDICTS,
-        counts={v: sum(c["verdict"] == v for c in ledger) for v in claims.VERDICTS},
+        "report.html.j2", run=run, notebooks=notebooks, claims=ledger, verdicts=rules.VERDICTS,
+        counts={v: sum(c["verdict"] == v for c in ledger) for v in rules.VERDICTS},
         answer=[said for _, said in _said(ANSWER, table, by_name)],
         carrying=[drawn[name] for name in CARRYING if name in drawn], findings=findings, chance=chance(table),
         images=max(sizes, default=0), tables=sorted(f.name for f in (folder / "tables").glob("*.parquet")),
@@ -178,8 +185,8 @@ def _read(folder: Path) -> tuple[dict, pd.DataFrame]:
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         names = [str(n["name"]) for n in run["notebooks"]] + [f"{run['profile']}{run['seconds']:.0f}"]
-        table = claims.read(folder / "claims.csv") if (folder / "claims.csv").exists() else claims.empty()
-        missing = set(claims.COLUMNS) - set(table)
+        table = rules.read(folder / "claims.csv") if (folder / "claims.csv").exists() else rules.empty()
+        missing = set(rules.COLUMNS) - set(table)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} is not the folder of a run: {error!r}; companion run writes one") from None
     if missing or not all(names):
@@ -192,9 +199,9 @@ def _said(sentences: Sequence[Sentence], table: pd.DataFrame, ledger: Mapping) -
     p = _Figures(table)
     said = []
     for s in sentences:
-        judged = [ledger[c] for c in s.claims if c in ledger]
-        if len(judged) == len(s.claims):
-            holds = all(claim["verdict"] == claims.REPRODUCED for claim in judged)
+        if all(figure in p for figure in s.figures):
+            judged = [ledger[c] for c in s.claims]
+            holds = all(claim["verdict"] == rules.REPRODUCED for claim in judged)
             said.append((s, {"text": f"{s.text.format(p=p)} {s.then if holds else ''}".strip(), "claims": judged}))
     return said
 
@@ -237,11 +244,11 @@ def _ledger(
 ) -> list[dict]:
     by_name = {n["name"]: n for n in notebooks}
     found = []
-    for claim in claims.summary(table).to_dict("records") if len(table) else []:
+    for claim in rules.summary(table).to_dict("records") if len(table) else []:
         parts, notebook = table[table["claim"] == claim["claim"]], by_name.get(claim["notebook"], {})
         number = claim["notebook"].split("_")[0]
         rows = []
-        for row, shown in zip(parts.to_dict("records"), claims.readable(parts).to_dict("records")):
+        for row, shown in zip(parts.to_dict("records"), rules.readable(parts).to_dict("records")):
             rows.append(shown | figures_of(row, notebook.get("dataset")) | {
                 "ours": shown["ours [95 %]"], "counts": row["counts"], "reference": _of(reference, row)
             })  # fmt: skip
@@ -258,7 +265,7 @@ def _of(reference: pd.DataFrame | None, row: Mapping) -> str:
     if reference is None:
         return ""
     same = reference[(reference["claim"] == row["claim"]) & (reference["part"] == row["part"])]
-    shown = claims.readable(same).to_dict("records")
+    shown = rules.readable(same).to_dict("records")
     return f"{shown[0]['ours [95 %]']}, n = {shown[0]['n']}: {shown[0]['verdict']}" if shown else ""
 
 
@@ -274,7 +281,7 @@ def figures_of(row: Mapping, dataset: str | None) -> dict[str, str]:
         share = inference.place(float(row["published"]), row["ours"], std, row["n"])
     needed = inference.seeds_needed(row["ours"], std, low, high)
     return {
-        "images": f"{images:.2g}" if images else "",
+        "images": f"{images:.2g}" if images > 0 else "",
         "place": "" if math.isnan(share) else f"above {share:.1%} of ours",
         "needed": "" if math.isnan(needed) else f"{needed:.0f}" if math.isfinite(needed) else "> 1,000",
     }  # fmt: skip
@@ -282,10 +289,10 @@ def figures_of(row: Mapping, dataset: str | None) -> dict[str, str]:
 
 def chance(table: pd.DataFrame) -> dict[str, float]:
     """Of the parts that count and are decided: how many, how many by chance at most, and how many stand together."""
-    decided = table[table["counts"] & (table["verdict"] != claims.INCONCLUSIVE)]
+    decided = table[table["counts"] & (table["verdict"] != rules.INCONCLUSIVE)]
     p_values = [
         inference.p_value(row["ours"], inference.spread(row["ours"], row["high"], row["n"]), row["n"], row["above"],
-                          row["below"], outside=row["verdict"] == claims.NOT_REPRODUCED)
+                          row["below"], outside=row["verdict"] == rules.NOT_REPRODUCED)
         for row in decided.to_dict("records")
     ]  # fmt: skip
     expected = (1 - inference.LEVEL) / 2 * len(decided)
@@ -298,19 +305,20 @@ BEGIN, END = "<!-- from outputs/reference, by companion report: begin -->", "<!-
 def summary(folder: Path) -> str:
     """The report in short, as Markdown: three figures, the sentences, each claim with one figure and its verdict."""
     run, table = _read(folder)
-    by_name = {claim["claim"]: claim for claim in claims.summary(table).to_dict("records")}
+    by_name = {claim["claim"]: claim for claim in rules.summary(table).to_dict("records")}
     drawn = {f["name"]: f for n in run["notebooks"] for f in pages.figures(folder, n["name"])}
     lines = [f"![{drawn[name]['title']}](outputs/reference/figures/{name}.png)" for name in CARRYING if name in drawn]
     lines += [""] + [
         f"{number}. {said['text']} *{'; '.join(_verdict(c) for c in said['claims'])}*"
         for number, (_, said) in enumerate(_said(ANSWER, table, by_name), 1)
     ]
-    counts = [f"{sum(c['verdict'] == v for c in by_name.values())} {v}" for v in claims.VERDICTS]
+    tally = {v: sum(c["verdict"] == v for c in by_name.values()) for v in rules.VERDICTS}
+    counts = [f"{n} {v}" for v, n in tally.items() if n or v != rules.NOT_JUDGED]
     lines += ["", f"Of {len(by_name)} claims {', '.join(counts)}. A line each, with the first part that counts:", ""]
     lines += ["| claim | source | published | ours [95 %] | n | verdict |", "|---|---|---|---|---|---|"]
     for name, claim in by_name.items():
         parts = table[table["claim"] == name]
-        first = claims.readable(parts[parts["counts"]] if parts["counts"].any() else parts).iloc[0]
+        first = rules.readable(parts[parts["counts"]] if parts["counts"].any() else parts).iloc[0]
         cells = [claim["statement"], claim["source"], f"{first['part']}: {first['published']}", first["ours [95 %]"]]
         cells = [str(cell).replace("|", "∣") for cell in (*cells, first["n"], _verdict(claim))]
         lines.append(f"| {' | '.join(cells)} |")
@@ -329,7 +337,7 @@ def _scales(run: Mapping) -> str:
 
 def _verdict(claim: Mapping) -> str:
     """The verdict, and where it is not that of every part, of how many."""
-    return claim["verdict"] + (f" ({claim['tally']})" if claim["verdict"] != claims.REPRODUCED else "")
+    return claim["verdict"] + (f" ({claim['tally']})" if claim["verdict"] != rules.REPRODUCED else "")
 
 
 def update(text: str, folder: Path) -> str:

@@ -438,7 +438,7 @@ def collect(points: Sequence[Point], out: Path, about: Mapping[str, object]) -> 
 
     import pandas as pd
 
-    from helpers.ledger import claims
+    from helpers.ledger import rules
 
     done, tables, ledgers = [point for point in points if point.status == "ok"], [], []
     for point in done:
@@ -447,14 +447,14 @@ def collect(points: Sequence[Point], out: Path, about: Mapping[str, object]) -> 
         for file in sorted((folder / "tables").glob("*.parquet")):
             tables.append(pd.read_parquet(file).assign(point=point.name, table=file.stem, **given))
         for file in sorted((folder / "claims").glob("*.csv")):
-            ledgers.append(claims.read(file).assign(point=point.name, **given))
+            ledgers.append(rules.read(file).assign(point=point.name, **given))
     if tables:
         buffer = io.BytesIO()
         pd.concat(tables, ignore_index=True).to_parquet(buffer, index=False)
         pages.write(out / "results.parquet", buffer.getvalue())
     if ledgers:
         pages.write(out / "claims.csv", pd.concat(ledgers, ignore_index=True).to_csv(index=False))
-    verdicts = {p: claims.summary(one).set_index("claim")["verdict"].to_dict() for p, one in _by_point(ledgers)}
+    verdicts = {p: rules.summary(one).set_index("claim")["verdict"].to_dict() for p, one in _by_point(ledgers)}
     pages.write(out / "index.html", pages.render("compare.html.j2", about=about, **_laid_out(points, out, verdicts)))
 
 

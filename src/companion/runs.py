@@ -379,9 +379,9 @@ def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path
     import pandas as pd
 
     from companion import report
-    from helpers.ledger import claims
+    from helpers.ledger import rules
 
-    tables = [claims.read(f) for f in sorted((out / "claims").glob("*.csv"))]
+    tables = [rules.read(f) for f in sorted((out / "claims").glob("*.csv"))]
     if tables:
         pages.write(out / "claims.csv", pd.concat(tables, ignore_index=True).to_csv(index=False))
     about["notebooks"] = [
@@ -396,12 +396,12 @@ def _finish(planned: list[Planned], out: Path, about: dict[str, object]) -> Path
 
 
 def _verdicts(out: Path, notebook: str) -> str:
-    from helpers.ledger import claims
+    from helpers.ledger import rules
 
     file = out / "claims" / f"{notebook}.csv"
     if not file.exists():
         return ""
-    counts = claims.summary(claims.read(file))["verdict"].value_counts()
+    counts = rules.summary(rules.read(file))["verdict"].value_counts()
     return ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
 
 

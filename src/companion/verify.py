@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from helpers.ledger import claims, inference
+from helpers.ledger import inference, rules
 from helpers.problems import data
 from helpers.sweep import sweeps
 from helpers.sweep.store import Store
@@ -61,7 +61,7 @@ def _row(name: str, epoch: int, batch_size: int, lr: float, measure: str, theirs
     p = 1.0 if same.all() else float(np.nan_to_num(stats.ttest_ind(theirs, ours, equal_var=False).pvalue))
     text = {}
     for whose, values in (("reference", theirs), ("here", ours)):
-        mean, low, high = claims.interval(values)
+        mean, low, high = rules.interval(values)
         text[whose] = f"{mean:.4g} [{low:.4g}, {high:.4g}]"
     return {"table": name, "epoch": epoch, "batch_size": batch_size, "lr": lr, "measure": measure, **text,
             "n": len(ours), "same to the bit": f"{same.sum()} of {len(same)}", "p": p}  # fmt: skip

@@ -1,0 +1,182 @@
+"""Rules that judge the claims, and the table of verdicts that a notebook makes.
+
+A part is *reproduced* when the 95 % interval of its mean over seeds lies inside its range, *not reproduced* when it
+lies wholly outside, otherwise *inconclusive*. A part that quotes a published figure is judged in the source's own
+set-up only; a claim is judged by the parts that count. Too few seeds, another dataset, or too small a set-up make a
+part inconclusive, with the reason. A part that the chosen parameters do not measure is *not judged*, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from helpers.ledger.claims import CLAIMS, SETUPS, Claim, Part
+
+VERDICTS = REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_JUDGED = (
+    "reproduced", "not reproduced", "inconclusive", "not judged"
+)  # fmt: skip
+MIN_SEEDS = 3
+COLUMNS = (
+    "claim", "statement", "source", "notebook", "part", "measured", "published", "known", "ours", "low", "high", "n",
+    "rule", "above", "below", "exact", "verdict", "why", "counts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Stands for the figures of a part that the chosen parameters do not measure."""
+
+    reason: str
+
+
+def missing(reason: str) -> Missing:
+    """The value of a part that cannot be judged, and why: ``missing("batch 64 is not among batch_sizes")``."""
+    return Missing(reason)
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and its Student-t interval over seeds: (mean, low, high); the bounds are NaN for fewer than two seeds."""
+    x = np.asarray(values, dtype=float)
+    mean = float(x.mean()) if len(x) else math.nan
+    if len(x) < 2 or not np.isfinite(x).all():
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return mean, mean - half, mean + half
+
+
+class Ledger:
+    """The verdicts of one notebook. ``used``: the settings it trained with, to compare with the claims' set-ups."""
+
+    def __init__(self, notebook: str, dataset: str, **used: object):
+        self.notebook, self.used, self.rows = notebook, {"dataset": dataset, **used}, []
+
+    def judge(self, claim_id: str, measured: Mapping[str, Sequence[float] | Missing]) -> None:
+        """Judge a claim by its parts.
+
+        ``measured``: by part key one figure a seed, or ``missing(reason)``. KeyError unless the keys are the claim's.
+        """
+        claim = CLAIMS[claim_id]
+        if set(measured) != set(claim.parts):
+            raise KeyError(f"{claim_id} is judged by {sorted(claim.parts)}; got {sorted(measured)}")
+        for key, part in claim.parts.items():
+            given = measured[key]
+            values = np.asarray([] if isinstance(given, Missing) else given, dtype=float)
+            mean, low, high = interval(values)
+            verdict, why = self._verdict(claim, part, values, low, high)
+            counts = not part.exact or not self._differs(SETUPS[claim.setup].scale)
+            if isinstance(given, Missing):
+                verdict, why, counts = NOT_JUDGED, given.reason, False
+            self.rows.append({
+                "claim": claim_id, "statement": claim.statement, "source": claim.source, "notebook": self.notebook,
+                "part": part.label, "measured": part.measured, "published": part.published, "known": part.known,
+                "ours": mean, "low": low, "high": high, "n": len(values),
+                "rule": part.rule, "above": part.low, "below": part.high, "exact": part.exact,
+                "verdict": verdict, "why": why, "counts": counts,
+            })  # fmt: skip
+
+    def _differs(self, settings: Mapping[str, object]) -> str:
+        return ", ".join(
+            f"{name} {self.used[name]} instead of {value}"
+            for name, value in settings.items()
+            if name in self.used and self.used[name] != value
+        )
+
+    def _verdict(self, claim: Claim, part: Part, values: np.ndarray, low: float, high: float) -> tuple[str, str]:
+        setup = SETUPS[claim.setup]
+        other, reduced = self._differs(setup.must_match), self._differs(setup.scale)
+        if other:
+            return INCONCLUSIVE, f"another set-up: {other}"
+        if part.exact and reduced:
+            return INCONCLUSIVE, f"reduced set-up: {reduced}"
+        if len(values) < MIN_SEEDS:
+            return INCONCLUSIVE, f"too few seeds: {len(values)}, and {MIN_SEEDS} are needed"
+        if not np.isfinite(values).all():
+            return INCONCLUSIVE, "a seed diverged"
+        note = f"at a reduced scale: {reduced}" if reduced else ""
+        if part.low <= low and high <= part.high:
+            return REPRODUCED, note
+        if high < part.low or low > part.high:
+            return NOT_REPRODUCED, note
+        return INCONCLUSIVE, "the interval reaches across the rule's bound: more seeds are needed"
+
+    def table(self) -> pd.DataFrame:
+        """One row per part: the claim, the published figure, ours with its interval, n, the rule and the verdict."""
+        return pd.DataFrame(self.rows)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the table as ``claims/<notebook>.csv`` under ``folder``."""
+        file = Path(folder) / "claims" / f"{self.notebook}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.table().to_csv(file, index=False)
+        return file
+
+
+def empty() -> pd.DataFrame:
+    """A ledger's table without a row."""
+    return pd.DataFrame(columns=COLUMNS)
+
+
+def read(file: Path) -> pd.DataFrame:
+    """A table that ``save`` wrote."""
+    return pd.read_csv(file, dtype={"part": str, "published": str})
+
+
+def _text(column: pd.Series) -> pd.Series:
+    return column.map(lambda value: "" if pd.isna(value) else str(value)).astype(str)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One verdict per claim, from the parts that count: all reproduced; else any that is not; else inconclusive.
+
+    A claim none of whose counting parts was measured is not judged; one with an unmeasured part is never reproduced.
+    ``tally``: how many of the counting parts are reproduced.
+    """
+    rows = []
+    for claim_id, parts in table.groupby("claim", sort=False):
+        counted = parts[parts["counts"]]
+        unmeasured = parts[(parts["verdict"] == NOT_JUDGED) & ~parts["exact"]]
+        verdicts = {*counted["verdict"], *unmeasured["verdict"]} or set(parts["verdict"])
+        verdict = next(iter(verdicts)) if len(verdicts) == 1 else INCONCLUSIVE
+        if NOT_REPRODUCED in verdicts:
+            verdict = NOT_REPRODUCED
+        reasons = parts if counted.empty else pd.concat([counted, unmeasured])
+        first = parts.iloc[0]
+        rows.append({
+            "claim": claim_id, "statement": first["statement"], "source": first["source"],
+            "notebook": first["notebook"], "verdict": verdict,
+            "why": "; ".join(dict.fromkeys(_text(reasons["why"]))).strip("; "),
+            "tally": f"{(counted['verdict'] == REPRODUCED).sum()} of {len(counted)} parts reproduced",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def show(table: pd.DataFrame) -> pd.io.formats.style.Styler:
+    """The ledger as a reader sees it: ours with its interval in one column, the verdict coloured."""
+    colours = {REPRODUCED: "#1b7837", NOT_REPRODUCED: "#b2182b", INCONCLUSIVE: "#666666", NOT_JUDGED: "#666666"}
+    return (
+        readable(table)
+        .style.hide(axis="index")
+        .map(lambda v: f"color: {colours.get(v, 'inherit')}; font-weight: bold", subset=["verdict"])
+        .set_properties(**{"text-align": "left"})
+    )
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with figures rounded and intervals as text, for people."""
+    ours = [
+        (f"{mean:.4g}" if n else "–") + (f" [{low:.4g}, {high:.4g}]" if math.isfinite(low) else "")
+        for mean, low, high, n in zip(table["ours"], table["low"], table["high"], table["n"])
+    ]
+    return pd.DataFrame({
+        "claim": table["claim"], "part": table["part"], "measured": table["measured"],
+        "published": _text(table["published"]) + " (" + _text(table["known"]) + ")",
+        "ours [95 %]": ours, "n": table["n"], "rule": table["rule"], "verdict": table["verdict"],
+        "why": _text(table["why"]),
+    })  # fmt: skip
