@@ -7,7 +7,7 @@ _HOMES = {
     "Training": "helpers.engine.training", "schedule": "helpers.engine.schedules",
     "Lab": "helpers.live", "Book": "helpers.book",
 }  # fmt: skip
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str):

@@ -66,8 +66,13 @@ def check_batch_size(value: object, num_train: int) -> int:
     return check_examples("batch_size", value, num_train)
 
 
-def check_lr(value: object) -> float:
+def check_above(name: str, value: object) -> float:
     """Return ``value`` as a float. Raises ValueError unless it is finite and above 0."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"lr is {value!r}; expected a finite number above 0")
+        raise ValueError(f"{name} is {value!r}; expected a finite number above 0")
     return float(value)
+
+
+def check_lr(value: object) -> float:
+    """Return ``value`` as a float. Raises ValueError unless it is finite and above 0."""
+    return check_above("lr", value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,7 +21,15 @@ from helpers.engine.history import History
 from helpers.engine.micro import MicroBatches
 from helpers.engine.optimizers import OPTIMIZERS, check_optimizer
 from helpers.engine.order import Order
-from helpers.engine.schedules import Schedule, check_batch_size, check_examples, check_lr, schedule, values_of
+from helpers.engine.schedules import (
+    Schedule,
+    check_above,
+    check_batch_size,
+    check_examples,
+    check_lr,
+    schedule,
+    values_of,
+)
 from helpers.problems import Problem
 
 __all__ = [
@@ -86,7 +95,9 @@ class Training:
             raise ValueError("no seeds; expected at least one, for example seeds=[0]")
         check_optimizer(optimizer, momentum)
         if clip_norm is not None:
-            check_lr_like("clip_norm", clip_norm)
+            check_above("clip_norm", clip_norm)
+        if not isinstance(weight_decay, numbers.Real) or not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {weight_decay!r}; expected a finite number from 0 on")
         self.problem, self.dataset, self.optimizer = problem, problem.dataset, optimizer
         self.seeds, self.clip_norm = tuple(int(seed) for seed in seeds), clip_norm
         self.stack = stack.build(problem, self.seeds)
@@ -317,11 +328,3 @@ class Training:
         self._optimizer.load(parts["optimizer"])
         # A schedule is read at the epoch it goes on from.
         self.batch_size, self.lr = self._batch_schedule or self.batch_size, self._lr_schedule or self.lr
-
-
-def check_lr_like(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is finite and above 0."""
-    try:
-        check_lr(value)
-    except ValueError as error:
-        raise ValueError(str(error).replace("lr", name, 1)) from None

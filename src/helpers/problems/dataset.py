@@ -81,6 +81,9 @@ class Dataset:
         key: identifies the content in the store; by default every item is read once and hashed.
         Raises DataError for an empty training set.
         """
+        for items in (train_set, test_set):
+            if items is not None and not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
+                raise DataError(f"a {type(items).__name__} is not map-style; expected len(items) and items[index]")
         if not len(train_set):
             raise DataError("the training set is empty; expected at least 1 example")
         return Mapped(name, train_set, test_set, collate_fn, key, pick_device(device))
@@ -219,7 +222,12 @@ class Mapped(Dataset):
 
 
 def _tensor(label: str, values, device: torch.device) -> torch.Tensor:
-    tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    if isinstance(values, tuple | dict):
+        raise DataError(f"{label} is a {type(values).__name__}; several inputs an example need Dataset.of_map")
+    try:
+        tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{label} is no tensor or array ({error}); use Dataset.of_map for anything else") from None
     if not tensor.dim():
         raise DataError(f"{label} is a single number; expected a tensor whose first axis counts examples")
     tensor = tensor.detach().to(device, torch.float32 if tensor.is_floating_point() else torch.int64)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from helpers.problems import fingerprint
 from helpers.problems.dataset import Dataset, Tensors
@@ -51,6 +52,10 @@ class Problem:
             )
         if not callable(loss):
             raise TypeError(f"loss is {loss!r}; expected a function of (outputs, targets)")
+        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+            raise ValueError(
+                f"the loss {type(loss).__name__} has weights, which would not be trained; make it part of the net"
+            )
         self.dataset, self.loss, self.names = dataset, loss, dict(names or {})
         self.net = net if isinstance(net, Net) else Net(net)
         self._own_mean, self._one_each = _one_loss_each(loss)
@@ -105,16 +110,30 @@ class Problem:
         few = min(_PROBE, self.dataset.num_train)
         inputs, targets = self.dataset.batch(torch.arange(few, device=self.dataset.device))
         module = self.net.module(0).to(self.dataset.device).eval()
-        if module is self.net.module(0):
-            raise ValueError("the net's factory returns the same module each time; expected a fresh one for each seed")
+        self._check_factory(module, self.net.module(0))
         try:
             with torch.no_grad():
                 outputs = call(module, inputs)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"the net cannot take this data, inputs of {_shape(inputs)}: {reason}") from error
+            whole = isinstance(inputs, torch.Tensor) and not inputs.is_floating_point()
+            hint = "; whole numbers are taken for token ids: give images as x.float()" if whole else ""
+            raise ValueError(
+                f"the net cannot take this data, inputs of {_shape(inputs)}: {_first_line(error)}{hint}"
+            ) from error
         self._check_loss(outputs, targets)
         self._checked = True
+
+    @staticmethod
+    def _check_factory(module: nn.Module, again: nn.Module) -> None:
+        if module is again:
+            raise ValueError("the net's factory returns the same module each time; expected a fresh one for each seed")
+        pairs = zip(module.parameters(), again.parameters())
+        lazy = any(isinstance(p, UninitializedParameter) for p in module.parameters())
+        if not lazy and not all(torch.equal(p.cpu(), q) for p, q in pairs):
+            raise ValueError(
+                "the net's initial weights differ from call to call with the same seed; draw them with torch's own "
+                "generator, for numpy's and Python's are not seeded here"
+            )
 
     @torch.no_grad()
     def _check_loss(self, outputs: Any, targets: Any) -> None:
@@ -134,10 +153,9 @@ class Problem:
                 losses = self.example_losses(outputs, targets)
             own = self.loss(_class_axis_first(outputs, targets, self.loss), targets) if self._own_mean else None
         except (RuntimeError, IndexError, TypeError, AttributeError, UserWarning) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
                 f"the loss {self.loss_name} cannot take outputs of {_shape(outputs)} with targets of {_shape(targets)}"
-                f": {reason}; give a loss=lambda outputs, targets: ... that returns one loss an example"
+                f": {_first_line(error)}; give a loss=lambda outputs, targets: ... that returns one loss an example"
             ) from error
         if own is not None and not torch.allclose(own, losses.mean(), rtol=1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(
@@ -186,6 +204,10 @@ def _class_axis_first(outputs: Any, targets: Any, loss: Callable) -> Any:
         return outputs
     last = outputs.shape[:-1] == targets.shape
     return outputs.movedim(-1, 1) if last and not targets.is_floating_point() else outputs
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _length(targets: Any) -> int:
