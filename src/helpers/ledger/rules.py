@@ -31,14 +31,38 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Missing:
-    """Stands for the figures of a part that the chosen parameters do not measure."""
+    """Stands for the figures of a part that the chosen parameters do not measure; so does any result computed from it.
+
+    >>> (missing("no batch 64") - np.ones(3)) / 2
+    Missing(reason='no batch 64')
+    """
 
     reason: str
+    __array_ufunc__ = None  # an array on the left leaves the operation to this class
+
+    def _itself(self, other: object) -> Missing:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _itself
 
 
 def missing(reason: str) -> Missing:
     """The value of a part that cannot be judged, and why: ``missing("batch 64 is not among batch_sizes")``."""
     return Missing(reason)
+
+
+class PerSeed(dict):
+    """One figure a seed, by key: the first level of ``series``, whose second is the seed.
+
+    A key without figures gives ``missing``, with the parameter that lists the keys, ``among``, in the reason.
+    """
+
+    def __init__(self, series: pd.Series, among: str = "batch_sizes"):
+        super().__init__({key: one.to_numpy() for key, one in series.sort_index().groupby(level=0)})
+        self.among = among
+
+    def __missing__(self, key: object) -> Missing:
+        return missing(f"{key:g} is not among {self.among}" if isinstance(key, (int, float)) else f"no {key}")
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
@@ -57,10 +81,11 @@ class Ledger:
     def __init__(self, notebook: str, dataset: str, **used: object):
         self.notebook, self.used, self.rows = notebook, {"dataset": dataset, **used}, []
 
-    def judge(self, claim_id: str, measured: Mapping[str, Sequence[float] | Missing]) -> None:
+    def judge(self, claim_id: str, measured: Mapping[str, Sequence[float] | Missing], **used: object) -> None:
         """Judge a claim by its parts.
 
         ``measured``: by part key one figure a seed, or ``missing(reason)``. KeyError unless the keys are the claim's.
+        ``used``: settings that differ from the ledger's for this claim.
         """
         claim = CLAIMS[claim_id]
         if set(measured) != set(claim.parts):
@@ -69,8 +94,8 @@ class Ledger:
             given = measured[key]
             values = np.asarray([] if isinstance(given, Missing) else given, dtype=float)
             mean, low, high = interval(values)
-            verdict, why = self._verdict(claim, part, values, low, high)
-            counts = not part.exact or not self._differs(SETUPS[claim.setup].scale)
+            verdict, why = self._verdict(claim, part, values, low, high, used)
+            counts = not part.exact or not self._differs(SETUPS[claim.setup].scale, used)
             if isinstance(given, Missing):
                 verdict, why, counts = NOT_JUDGED, given.reason, False
             self.rows.append({
@@ -81,16 +106,19 @@ class Ledger:
                 "verdict": verdict, "why": why, "counts": counts,
             })  # fmt: skip
 
-    def _differs(self, settings: Mapping[str, object]) -> str:
+    def _differs(self, settings: Mapping[str, object], used: Mapping[str, object]) -> str:
+        used = {**self.used, **used}
         return ", ".join(
-            f"{name} {self.used[name]} instead of {value}"
+            f"{name} {used[name]} instead of {value}"
             for name, value in settings.items()
-            if name in self.used and self.used[name] != value
+            if name in used and used[name] != value
         )
 
-    def _verdict(self, claim: Claim, part: Part, values: np.ndarray, low: float, high: float) -> tuple[str, str]:
+    def _verdict(
+        self, claim: Claim, part: Part, values: np.ndarray, low: float, high: float, used: Mapping[str, object]
+    ) -> tuple[str, str]:
         setup = SETUPS[claim.setup]
-        other, reduced = self._differs(setup.must_match), self._differs(setup.scale)
+        other, reduced = self._differs(setup.must_match, used), self._differs(setup.scale, used)
         if other:
             return INCONCLUSIVE, f"another set-up: {other}"
         if part.exact and reduced:
