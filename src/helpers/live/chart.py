@@ -25,7 +25,7 @@ RUNS = {
     "this run": ("var(--jp-brand-color1, #1976d2)", ""),
     "pinned": ("var(--jp-warn-color1, #e65100)", "5 3"),
 }
-CLASSES = sns.color_palette("colorblind")
+CLASSES = sns.color_palette("colorblind", 100)  # ten colours, in turn
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 52, 14, 26, 24
 _FONT = {"font_family": "var(--jp-ui-font-family, sans-serif)", "font_size": 11}
 _SHORT = EngFormatter(sep="")
@@ -181,10 +181,10 @@ def regions(classes: np.ndarray, inputs: np.ndarray, targets: np.ndarray) -> str
                aria_label="Decision regions now", style="flex: 0 1 280px; min-width: 0", **_FONT)  # fmt: skip
 
 
-def digits(images: np.ndarray, is_: Sequence[int], read: Sequence[int]) -> str:
-    """Examples that are classified wrongly now, each with its class and the one it was taken for."""
+def mistakes(found: Sequence[tuple[np.ndarray, int, int]]) -> str:
+    """Images that are misclassified now: each with its class and the one it was taken for."""
     tiles = []
-    for image, truth, guess in zip(images, is_, read):
+    for image, truth, guess in found:
         grey = np.uint8(255 * (image - image.min()) / max(float(np.ptp(image)), 1e-6))
         picture = tag("img", alt=f"a {truth} read as {guess}", width=48, height=48, src=_png(grey),
                       style="image-rendering: pixelated").removesuffix("</img>")  # fmt: skip

@@ -1,0 +1,185 @@
+"""The runs of a session: one on show, perhaps a pinned one beside it, and the previous one. No thread, no clock."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from helpers import problems
+from helpers.engine.optimizers import OPTIMIZERS, check_optimizer
+from helpers.engine.schedules import check_batch_size, check_lr
+from helpers.engine.training import Training
+from helpers.live.probe import TestDraw
+from helpers.live.trace import LIVE, Move, Run
+from helpers.problems import Dataset, Problem
+
+Key = tuple[str, ...]  # (name,) of a problem that was given a name, else (its dataset's, its net's)
+Problems = Problem | Sequence[Problem] | Mapping[str, Problem]
+
+
+def keyed(given: Problems) -> dict[Key, Problem]:
+    """Return the problems to choose from, by key. Raises TypeError for anything but problems."""
+    named = given if isinstance(given, Mapping) else {}
+    listed = [given] if isinstance(given, Problem) else list(named.values() or given) if _is_list(given) else []
+    if not listed or not all(isinstance(problem, Problem) for problem in listed):
+        raise TypeError(f"expected a Problem, a list of them, or a dict name → Problem, not {given!r}; built-in "
+                        "problems are problems.named('blobs', 'shen_mlp') and the like")  # fmt: skip
+    if named:
+        return {(str(name),): problem for name, problem in named.items()}
+    found: dict[Key, Problem] = {}
+    for problem in listed:
+        key, number = (problem.dataset.name, problem.net.name), 2
+        while key in found:
+            key, number = (problem.dataset.name, f"{problem.net.name} ({number})"), number + 1
+        found[key] = problem
+    return found
+
+
+def _is_list(given: object) -> bool:
+    return isinstance(given, Mapping | Sequence) and not isinstance(given, str)
+
+
+class Wish(NamedTuple):
+    """A control's wish: the setting, its value, and when it was asked for (in steps, and as Unix time)."""
+
+    name: str
+    value: object
+    steps: int
+    at: float
+
+
+class Runs:
+    """Runs that see the same examples at the same time. Parameters: see ``Session``."""
+
+    def __init__(self, given: Problems, *, batch_size: int, lr: float, momentum: float = 0.0, optimizer: str = "sgd",
+                 seed: int = 0, test_examples: int = 1000):  # fmt: skip
+        self.problems, self.test_examples = keyed(given), test_examples
+        key, self.problem = next(iter(self.problems.items()))
+        self.settings: dict[str, object] = {"problem": key, "seed": seed, "optimizer": optimizer,
+                                            "batch_size": batch_size, "lr": lr, "momentum": momentum}  # fmt: skip
+        self.settings |= {name: self.checked(name, self.settings[name]) for name in ("optimizer", *LIVE)}
+        self.test: TestDraw | None = None
+        self.pinned_batch_size: int | None = None
+        self.runs: tuple[Run, ...] = ()
+        self.previous: Run | None = None
+        self.builds = 0  # how often training has started over
+        self.start_over()
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.problem.dataset
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """``Run.history`` of every run, told apart by the column ``run``: this one, pinned, previous."""
+        return pd.concat([run.history().assign(run=name) for name, run in self.named_runs().items()], ignore_index=True)
+
+    @property
+    def diverged(self) -> bool:
+        return any(run.diverged for run in self.runs)
+
+    def named_runs(self) -> dict[str, Run]:
+        """The runs by name, the previous one first, so that it is drawn below the others."""
+        found = {"previous": self.previous} | dict(zip(("this run", "pinned"), self.runs))
+        return {name: run for name, run in found.items() if run is not None}
+
+    def checked(self, name: str, value: object) -> object:
+        """Return ``value`` in the type of its setting. Raises ValueError for an unknown setting or a bad value."""
+        if name in ("batch_size", "pinned_batch_size"):
+            unpin = name == "pinned_batch_size" and value is None
+            return None if unpin else check_batch_size(value, self.dataset.num_train)
+        if name == "lr":
+            return check_lr(value)
+        if name == "momentum":
+            check_optimizer(self.settings["optimizer"], value)
+            return float(value)
+        choices = {"optimizer": OPTIMIZERS, "problem": tuple(self.problems)}
+        if name not in choices:
+            raise ValueError(f"no control is called {name!r}")
+        value = (value,) if name == "problem" and isinstance(value, str) else value
+        if value not in choices[name]:
+            raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(map(str, choices[name]))}")
+        return value
+
+    def apply(self, wish: Wish) -> None:
+        """Set what a wish is for; start over where it does not act at the next step."""
+        if wish.name == "pinned_batch_size":
+            self._pin(wish)
+        elif wish.name in LIVE:
+            self.settings[wish.name] = wish.value  # kept by a reset too
+            for run in self.runs if wish.name != "batch_size" else self.runs[:1]:
+                self._move(run, wish)
+        else:
+            self.start_over(**({} if wish.name == "reset" else {wish.name: wish.value}))
+
+    def advance(self) -> None:
+        """Take one step of the run that has seen the fewest examples."""
+        min(self.runs, key=lambda run: run.training.examples_seen).training.step()
+
+    def advance_main(self) -> None:
+        """Take one step of the run on show; a pinned run follows as far as it is behind."""
+        main = self.runs[0].training
+        steps = main.steps
+        while main.steps == steps or any(run.training.examples_seen < main.examples_seen for run in self.runs):
+            self.advance()
+
+    def take(self, measure: bool) -> None:
+        """Keep the losses since the last call, and measure if asked to."""
+        for run in self.runs:
+            run.take()
+            if measure:
+                run.measure(self.test)
+
+    def start_over(self, **changed: object) -> None:
+        """Build everything anew with ``changed`` settings; if that fails, everything stays as it was."""
+        settings = self.settings | changed
+        problem = self.problems[settings["problem"]]
+        if settings["optimizer"] != "sgd":
+            settings["momentum"] = 0.0
+        settings["batch_size"] = min(settings["batch_size"], problem.num_train)
+        training = Training(problem, seeds=[settings["seed"]], **{n: settings[n] for n in (*LIVE, "optimizer")})
+        test = self.test if self.test and self.test.problem is problem else TestDraw(problem, self.test_examples)
+        run = Run(training, settings)
+        run.measure(test)  # before anybody sees it
+        for old in self.runs:
+            old.take()
+        if problem is not self.problem:
+            self.previous = None
+        elif self.runs and self.runs[0].training.steps:
+            self.previous = self.runs[0]
+        self.settings, self.problem, self.test, self.runs = settings, problem, test, (run,)
+        if self.pinned_batch_size is not None:
+            self._pin(Wish("pinned_batch_size", min(self.pinned_batch_size, problem.num_train), 0, time.time()))
+        self.builds += 1
+
+    def _pin(self, wish: Wish) -> None:
+        self.pinned_batch_size, main = wish.value, self.runs[0]  # kept by a reset too
+        if wish.value is None:
+            self.runs = (main,)
+            return
+        if len(self.runs) == 1:
+            main.take()
+            self.runs = (main, Run(main.training.branch(), main.settings, main.moves))
+        self._move(self.runs[1], wish._replace(name="batch_size"))
+
+    def _move(self, run: Run, wish: Wish) -> None:
+        training, (name, value, asked_steps, asked_at) = run.training, wish
+        setattr(training, name, value)
+        move = Move(name, value, training.steps, training.examples_seen, training.seconds, training.batch_size,
+                    asked_steps, asked_at, time.time())  # fmt: skip
+        # Of several moves before one step only the last acts; but a momentum of 0 forgets the velocity.
+        run.moves = [m for m in run.moves if not (m.name == name and m.steps == training.steps and m.value)] + [move]
+
+    def code(self) -> str:
+        """Return the code that repeats the runs without a slider; a ``problem`` that is not built in must be at hand."""
+        lines = [f"# problem: the one given to the lab ({self.problem.net.name} on {self.dataset.name})"]
+        if self.problem.names:
+            defaults = inspect.signature(problems.named).parameters
+            names = {n: v for n, v in self.problem.names.items() if n == "model" or v != defaults[n].default}
+            lines = [f"problem = problems.named({', '.join(f'{n}={v!r}' for n, v in names.items())})"]
+        runs = [run.code(name) for name, run in zip(("training", "pinned"), self.runs)]
+        return "\n\n".join(["from helpers import Training, problems", *lines, *runs])
