@@ -216,10 +216,10 @@ class Tags(HTMLParser):
         self.text.append(text)
 
 
-def test_misclassified_digits_are_shown_with_what_they_are_and_were_read_as():
+def test_misclassified_images_are_shown_with_what_they_are_and_were_read_as():
     images = np.random.default_rng(0).normal(size=(2, 8, 8))
     images[1] = 3.0  # without any contrast
-    tags = Tags(chart.digits(images, [4, 7], [9, 1]))
+    tags = Tags(chart.mistakes([(images[0], 4, 9), (images[1], 7, 1)]))
     first, second = [a for name, a in tags.found if name == "img"]
     assert (first["alt"], second["alt"]) == ("a 4 read as 9", "a 7 read as 1")
     assert {"4 → 9", "7 → 1"} <= set(tags.text)
@@ -230,4 +230,4 @@ def test_misclassified_digits_are_shown_with_what_they_are_and_were_read_as():
 
 
 def test_where_nothing_is_misclassified_it_says_so():
-    assert "none of those asked" in Tags(chart.digits(np.zeros((0, 8, 8)), [], [])).text
+    assert "none of those asked" in Tags(chart.mistakes([])).text

@@ -1,4 +1,5 @@
 import base64
+import gc
 import html
 import io
 import math
@@ -16,11 +17,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers.engine import kernels as models
+from helpers import Net, Problem, problems
 from helpers.live import lab as live
 from helpers.live.lab import Lab, advice
-from helpers.problems import data
 
+BLOBS = problems.named("blobs", "brownlee_mlp")
+BLOBS_WIDE = problems.named("blobs", "shen_mlp")
+DIGITS = problems.named("digits", "brownlee_mlp")
+IMAGES = problems.named("digits", "plain_cnn")
 PATIENCE = 60  # seconds after which a test fails instead of hanging
 
 
@@ -36,8 +40,8 @@ def start():
     """Starts labs, and closes them after the test."""
     opened, threads = [], torch.get_num_threads()
 
-    def new(datasets=("blobs", "digits"), model="brownlee_mlp", **settings):
-        opened.append(Lab(datasets, model, **settings))
+    def new(given=(BLOBS, DIGITS), **settings):
+        opened.append(Lab(given, **settings))
         return opened[-1]
 
     yield new
@@ -101,8 +105,7 @@ def shown(lab):
 
 @pytest.mark.parametrize(
     ("control", "value", "builds"),
-    [("batch_size", 32, 1), ("lr", 0.1, 1), ("momentum", 0.5, 1), ("optimizer", "adam", 2), ("model", "shen_mlp", 2),
-     ("dataset", "digits", 2)],
+    [("batch_size", 32, 1), ("lr", 0.1, 1), ("momentum", 0.5, 1), ("optimizer", "adam", 2)],
 )  # fmt: skip
 def test_a_control_sets_what_it_is_called(start, control, value, builds):
     lab = start()
@@ -114,8 +117,41 @@ def test_a_control_sets_what_it_is_called(start, control, value, builds):
     assert getattr(lab, control).value == value
 
 
+def test_dataset_and_model_choose_the_problem(start):
+    lab = start([BLOBS, DIGITS, BLOBS_WIDE, IMAGES])
+    assert (lab.dataset.options, lab.model.options) == (("blobs", "digits"), ("brownlee_mlp", "shen_mlp"))
+    lab.model.value = "shen_mlp"
+    assert settle(lab).session.problem is BLOBS_WIDE
+    lab.dataset.value = "digits"  # which has no shen_mlp here
+    assert settle(lab).session.problem is DIGITS
+    assert (lab.model.options, lab.model.value) == (("brownlee_mlp", "plain_cnn"), "brownlee_mlp")
+    lab.dataset.value = "blobs"
+    assert settle(lab).session.problem is BLOBS
+    assert lab.session.builds == 4 and lab.error == ""
+
+
+def test_named_problems_have_one_dropdown(start):
+    lab = start({"small": BLOBS, "wide": BLOBS_WIDE})
+    assert lab.problem.options == ("small", "wide") and lab.problem in shown(lab)
+    lab.problem.value = "wide"
+    assert settle(lab).session.problem is BLOBS_WIDE
+    assert start([BLOBS, BLOBS]).model.options == ("brownlee_mlp", "brownlee_mlp (2)")
+
+
+@pytest.mark.parametrize("given", ["blobs", ["blobs", "digits"], [], {}, None, [BLOBS, 3], {"a": "blobs"}], ids=repr)
+def test_anything_but_problems_is_refused_in_a_line(given):
+    unraised = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", unraised.append)
+        with pytest.raises(TypeError, match=r"expected a Problem, a list of them, or a dict .* problems\.named\("):
+            Lab(given)
+        gc.collect()
+    assert unraised == [] and companion_threads() == []
+
+
 def test_controls_begin_with_the_settings_given(start):
-    lab = start(["digits", "blobs"], "plain_cnn", batch_size=100, lr=0.042, momentum=0.3, seed=5, num_train=300)
+    lab = start([problems.named("digits", "plain_cnn", num_train=300), BLOBS], batch_size=100, lr=0.042, momentum=0.3,
+                seed=5)  # fmt: skip
     assert (lab.dataset.value, lab.model.value, lab.batch_size.value) == ("digits", "plain_cnn", 100)
     assert (lab.lr.value, lab.momentum.value, lab.optimizer.value) == (0.042, 0.3, "sgd")
     assert (main(lab).seeds, main(lab).dataset.num_train, main(lab).batch_size) == ((5,), 300, 100)
@@ -156,14 +192,14 @@ def test_pinning_sets_a_second_run_with_a_batch_size_of_its_own(start):
 
 def test_the_pace_is_in_epochs_of_the_dataset_there_is(start):
     lab = start(epochs_per_second=1.0)
-    assert settle(lab).session.examples_per_second == 500
+    assert settle(lab).session.pace.examples_per_second == 500
     lab.pace.value = 5.0
-    assert settle(lab).session.examples_per_second == 2500
+    assert settle(lab).session.pace.examples_per_second == 2500
     lab.dataset.value = "digits"
     settle(lab)
-    assert settle(lab).session.examples_per_second == 5 * 1297
+    assert settle(lab).session.pace.examples_per_second == 5 * 1297
     lab.pace.value = 0.0
-    assert settle(lab).session.examples_per_second is None
+    assert settle(lab).session.pace.examples_per_second is None
 
 
 def test_the_x_axis_is_what_one_chooses(start):
@@ -184,17 +220,8 @@ def test_a_small_lab_leaves_out_the_choices_and_the_picture(start):
     assert len(svgs(lab)) == 3 and len(svgs(settle(large))) == 5  # without gradient norm and regions
 
 
-def test_models_offered_are_those_that_fit_the_data(start):
-    lab = start(["digits", "blobs"], "plain_cnn")
-    assert lab.model.options == tuple(models.MODELS)
-    lab.dataset.value = "blobs"
-    settle(lab)
-    without = tuple(name for name in models.MODELS if name != "plain_cnn")
-    assert (lab.model.options, lab.model.value) == (without, "brownlee_mlp")
-
-
 def test_batch_sizes_offered_are_powers_of_two_and_the_full_batch(start):
-    lab = start(["digits", "blobs"], batch_size=1024)
+    lab = start([DIGITS, BLOBS], batch_size=1024)
     assert lab.batch_size.options[-2:] == (("1,024", 1024), ("full (1,297)", 1297))
     lab.dataset.value = "blobs"
     settle(lab)
@@ -204,7 +231,7 @@ def test_batch_sizes_offered_are_powers_of_two_and_the_full_batch(start):
 
 
 def test_a_full_batch_that_was_chosen_for_the_pinned_run_does_not_outlive_its_data(start):
-    lab = start(["blobs", "digits"])
+    lab = start()
     lab.pinned_batch_size.value = 500  # full; not pinned
     lab.dataset.value = "digits"
     settle(lab)
@@ -222,7 +249,7 @@ def test_momentum_is_for_sgd_alone(start):
 
 
 def test_what_follows_a_start_over_is_no_move_of_the_user(start):
-    lab = start(["digits", "blobs"], "plain_cnn", batch_size=1024, momentum=0.5)
+    lab = start([IMAGES, BLOBS], batch_size=1024, momentum=0.5)
     lab.pin.value = True
     lab.dataset.value = "blobs"
     settle(lab)
@@ -238,7 +265,7 @@ def test_a_new_lab_closes_the_one_before(start):
     first = start()
     first.play.click()
     second = start(small=True)
-    assert first.session.closed and not second.session.closed
+    assert (first.session.state, second.session.state) == ("closed", "ready")
     assert companion_threads() == ["companion-ticker", "companion-trainer"]
     second.close()
     second.close()
@@ -248,8 +275,8 @@ def test_a_new_lab_closes_the_one_before(start):
 def test_a_process_that_leaves_a_lab_playing_ends_well():
     code = """
 import time
-from helpers.live.lab import Lab
-lab = Lab(["blobs"])
+from helpers import Lab, problems
+lab = Lab(problems.named("blobs", "brownlee_mlp"))
 lab.play.click()
 while lab.session.runs[0].training.steps < 50:
     time.sleep(0.01)
@@ -395,18 +422,13 @@ def test_a_failure_in_the_thread_is_an_alert_whose_text_is_escaped(start):
     assert 'role="status"' in status(lab) and "alert" not in status(lab)
 
 
-def test_a_dataset_that_cannot_be_had_is_an_alert_and_reset_goes_back(start, monkeypatch):
-    lab = start(["blobs", "kmnist"])
-
-    def missing(*args, **kwargs):
-        raise data.DataError("no mirror answered")
-
-    monkeypatch.setattr("helpers.live.session.data.load", missing)
-    lab.dataset.value = "kmnist"
-    with pytest.raises(data.DataError, match="no mirror"):
+def test_a_problem_that_cannot_be_trained_is_an_alert_and_reset_goes_back(start):
+    lab = start([BLOBS, Problem(DIGITS.dataset, Net(lambda: torch.nn.Linear(3, 3), key="wide"))])
+    lab.dataset.value = "digits"
+    with pytest.raises(ValueError, match="the net cannot take this data"):
         lab.session.wait(PATIENCE)
     lab.draw()
-    assert "no mirror answered" in status(lab)
+    assert "the net cannot take this data" in status(lab)
     lab.reset.click()
     assert settle(lab).dataset.value == "blobs"
     assert "Ready" in status(lab)
@@ -592,8 +614,8 @@ def test_what_cannot_be_made_is_an_alert_and_the_lab_goes_on(start, monkeypatch)
     lab.keep(lambda: made.pop())  # the second time there is none
     lab.rehearse({}, 400, timeout=PATIENCE)
     until(lambda: 'role="alert"' in status(lab))
-    assert "What the lab shows or keeps could not be made: IndexError" in status(lab)
-    assert "mend the cell" in status(lab)
+    assert "The lab could not draw or save its output: IndexError" in status(lab)
+    assert "correct the cell" in status(lab)
     lab.step.click()
     settle(lab)
     assert 'role="status"' in status(lab) and main(lab).steps == 51

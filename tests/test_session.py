@@ -8,14 +8,17 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers.engine.training import Training
+from helpers import Dataset, Net, Problem, Training, problems
+from helpers.engine.order import epoch_order
 from helpers.live import trace
-from helpers.live.session import Session
+from helpers.live.session import TRANSITIONS, Session
 from helpers.live.trace import LIVE, MEASURES, Curve, Run
 from helpers.measure import noise
-from helpers.problems import data
 
-BLOBS = data.load("blobs")
+BLOBS = problems.named("blobs", "brownlee_mlp")
+DIGITS = problems.named("digits", "brownlee_mlp")
+IMAGES = problems.named("digits", "plain_cnn")
+POINTS, TEST_POINTS = BLOBS.dataset.train_inputs, BLOBS.dataset.test_inputs
 PATIENCE = 60  # seconds after which a test fails instead of hanging
 
 
@@ -24,9 +27,8 @@ def start():
     """Starts sessions, and closes them after the test."""
     opened, threads = [], torch.get_num_threads()
 
-    def new(**settings):
-        defaults = {"dataset": "blobs", "model": "brownlee_mlp", "batch_size": 8, "lr": 0.05}
-        opened.append(Session(**(defaults | settings)))
+    def new(given=BLOBS, **settings):
+        opened.append(Session(given, **({"batch_size": 8, "lr": 0.05} | settings)))
         return opened[-1]
 
     yield new
@@ -80,10 +82,10 @@ def test_a_session_starts_paused_at_the_initial_weights(start):
     s = start(seed=3)
     training = s.runs[0].training
     assert (s.playing, s.error, training.steps, s.previous) == (False, "", 0, None)
-    assert same(training, Training(BLOBS, "brownlee_mlp", seeds=[3]))
+    assert same(training, Training(BLOBS, seeds=[3]))
     row = s.history
     assert len(row) == 1 and row["steps"][0] == 0 and math.isnan(row["minibatch_loss"][0])
-    accuracy = training.evaluate(BLOBS.test_inputs, BLOBS.test_targets)[1].item()
+    accuracy = training.evaluate()[1].item()
     assert row["test_accuracy"][0] == pytest.approx(accuracy, abs=1e-12)
 
 
@@ -98,7 +100,7 @@ def test_the_history_has_a_row_per_step(start):
 
 
 def test_the_history_has_every_steps_loss(start):
-    s, by_hand = rehearse(start(), 640, SWITCH), Training(BLOBS, "brownlee_mlp", batch_size=8, lr=0.05)
+    s, by_hand = rehearse(start(), 640, SWITCH), Training(BLOBS, batch_size=8, lr=0.05)
     by_hand.advance(steps=25, record=False).batch_size = 48
     expected = by_hand.advance(steps=10, record=False).take_losses()[1][:, 0]
     assert of(s)["minibatch_loss"].tolist() == expected.tolist()
@@ -113,12 +115,12 @@ def test_the_history_says_which_settings_each_step_was_taken_with(start):
 
 
 def test_measures_are_in_the_rows_of_the_steps_they_were_taken_at(start):
-    s, by_hand = rehearse(start(batch_size=50), 4000), Training(BLOBS, "brownlee_mlp", batch_size=50, lr=0.05)
+    s, by_hand = rehearse(start(batch_size=50), 4000), Training(BLOBS, batch_size=50, lr=0.05)
     measured = s.history.dropna(subset="test_accuracy").set_index("steps")
     assert measured.index.tolist() == [*range(0, 81, 2)]  # at 40 places, and before the first step
     for step in range(81):
         if step in measured.index:
-            loss, accuracy = by_hand.evaluate(BLOBS.test_inputs, BLOBS.test_targets)
+            loss, accuracy = by_hand.evaluate()
             assert measured["test_loss"][step] == pytest.approx(loss.item(), rel=1e-5)
             assert measured["test_accuracy"][step] == pytest.approx(accuracy.item(), abs=1e-12)
             norm = pytest.approx(by_hand.gradient_norm().item(), nan_ok=True)
@@ -128,49 +130,50 @@ def test_measures_are_in_the_rows_of_the_steps_they_were_taken_at(start):
 
 def test_accuracy_is_measured_on_the_same_draw_of_the_test_set(start):
     first, second = (start(test_examples=100) for _ in range(2))
-    assert first.num_test == second.num_test == 100
-    assert all(torch.equal(a, b) for a, b in zip(first._test, second._test))
-    assert len({tuple(x) for x in first._test[0].tolist()} & {tuple(x) for x in BLOBS.test_inputs.tolist()}) == 100
-    assert start(test_examples=10_000).num_test == 500
+    assert first.test.size == second.test.size == 100
+    assert all(torch.equal(a, b) for one, two in zip(first.test.batches, second.test.batches) for a, b in zip(one, two))
+    drawn = torch.cat([inputs for inputs, _ in first.test.batches])
+    assert len({tuple(x) for x in drawn.tolist()} & {tuple(x) for x in TEST_POINTS.tolist()}) == 100
+    assert start(test_examples=10_000).test.size == 500
 
 
 def test_the_noise_scale_is_a_ratio_of_decaying_sums(start):
     s = start()
-    assert math.isnan(Run(s.runs[0].training, s.settings).noise_scale)
+    assert math.isnan(Run(s.runs[0].training, s.settings).noise.value)
     weights, found = [], []
     for _ in range(3):
         training = s.runs[0].training
         probe = torch.randint(500, (128,), generator=torch.Generator().manual_seed(training.steps))
-        found.append(noise.noise_statistics(training.model, BLOBS.train_inputs[probe], BLOBS.train_targets[probe]))
+        found.append(noise.statistics(training.stack, *BLOBS.dataset.batch(probe)))
         weights = [0.9 * w for w in weights] + [1.0]
         variance, squared = (sum(w * pair[i].item() for w, pair in zip(weights, found)) for i in (0, 1))
-        assert s.runs[0].noise_scale == pytest.approx(variance / squared if squared > 0 else math.inf, rel=1e-6)
+        assert s.runs[0].noise.value == pytest.approx(variance / squared if squared > 0 else math.inf, rel=1e-6)
         s.step()
         settle(s)
-    s.runs[0]._noise = np.array([1.0, 2.0, -0.1])
-    assert s.runs[0].noise_scale == math.inf
+    s.runs[0].noise._sums = np.array([1.0, 2.0, -0.1])
+    assert s.runs[0].noise.value == math.inf
 
 
 def test_the_picture_of_the_plane_is_its_decision_regions_top_row_first(start):
     s = rehearse(start(lr=0.1), 2000)
     regions, training = s.runs[0].picture["regions"], s.runs[0].training
-    low, high = BLOBS.train_inputs.min(0).values - 1, BLOBS.train_inputs.max(0).values + 1
+    low, high = POINTS.min(0).values - 1, POINTS.max(0).values + 1
     corners = torch.stack([torch.stack([x[0], y[1]]) for y in (high, low) for x in (low, high)])
-    classes = training.logits(corners)[0].argmax(1).tolist()
+    classes = training.stack.outputs(corners)[0].argmax(1).tolist()
     assert regions.shape == (60, 60)
     assert [regions[0, 0], regions[0, -1], regions[-1, 0], regions[-1, -1]] == classes
     assert len(set(classes)) > 1
 
 
 def test_the_picture_of_images_is_what_is_misclassified_now(start):
-    s = start(dataset="digits", model="plain_cnn", batch_size=32)
-    picture = rehearse(s, 320).runs[0].picture
-    inputs, targets = s._test
-    guesses = s.runs[0].training.logits(inputs)[0].argmax(1)
+    s = start(IMAGES, batch_size=32)
+    found = rehearse(s, 320).runs[0].picture["mistakes"]
+    inputs, targets = (torch.cat(part) for part in zip(*s.test.batches))
+    guesses = s.runs[0].training.stack.outputs(inputs)[0].argmax(1)
     wrong = (guesses != targets).nonzero()[:12, 0]
-    assert len(wrong) == 12
-    assert (picture["is"], picture["read"]) == (targets[wrong].tolist(), guesses[wrong].tolist())
-    np.testing.assert_array_equal(picture["digits"], inputs[wrong, 0])
+    assert [(truth, guess) for _, truth, guess in found] == list(zip(targets[wrong].tolist(), guesses[wrong].tolist()))
+    assert len(found) == 12
+    np.testing.assert_array_equal([image for image, _, _ in found], inputs[wrong, 0])
 
 
 def test_stretches_of_equal_settings_have_the_spread_of_their_loss_at_both_ends(start):
@@ -231,7 +234,7 @@ def test_of_several_moves_before_one_step_the_last_acts(start):
     ("name", "value"),
     [("batch_size", 0), ("batch_size", 501), ("batch_size", 1.5), ("batch_size", "8"), ("batch_size", None),
      ("pinned_batch_size", 0), ("pinned_batch_size", 501), ("lr", 0), ("lr", math.nan), ("lr", "x"), ("momentum", 1),
-     ("momentum", -0.1), ("momentum", None), ("optimizer", "lion"), ("model", "resnet"), ("dataset", "cifar"),
+     ("momentum", -0.1), ("momentum", None), ("optimizer", "lion"), ("problem", "cifar"), ("problem", ("blobs", "x")),
      ("examples_per_second", 0), ("examples_per_second", -1), ("examples_per_second", math.nan),
      ("examples_per_second", "fast"), ("seed", 3), ("nonsense", 1)],
 )  # fmt: skip
@@ -252,8 +255,8 @@ def test_a_momentum_is_refused_where_the_optimizer_has_none(start):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"batch_size": 501}, {"batch_size": None}, {"lr": -1}, {"momentum": 1}, {"optimizer": "lion"}, {"model": "x"},
-     {"dataset": "cifar"}, {"momentum": 0.5, "optimizer": "adam"}, {"num_train": 2}],
+    [{"batch_size": 501}, {"batch_size": None}, {"lr": -1}, {"momentum": 1}, {"optimizer": "lion"},
+     {"momentum": 0.5, "optimizer": "adam"}, {"examples_per_second": 0}],
 )  # fmt: skip
 def test_settings_that_cannot_be_trained_start_no_thread(start, settings):
     with pytest.raises(ValueError, match=r".+"):
@@ -337,7 +340,7 @@ def test_the_cell_repeats_moves_to_numpys_numbers(start):
 
 
 def test_the_cell_of_a_run_that_has_not_begun_is_its_initial_weights(start):
-    found = repeat(start(num_train=100))["training"]
+    found = repeat(start(problems.named("blobs", "brownlee_mlp", num_train=100)))["training"]
     assert found.steps == 0 and found.dataset.num_train == 100
 
 
@@ -377,10 +380,10 @@ def test_a_run_without_a_step_is_no_previous_one(start):
 
 @pytest.mark.parametrize(
     ("name", "value", "kept"),
-    [("optimizer", "adam", True), ("model", "shen_mlp", False), ("dataset", "digits", False)],
+    [("optimizer", "adam", True), ("problem", ("digits", "brownlee_mlp"), False)],
 )
 def test_the_previous_run_stays_where_the_two_compare(start, name, value, kept):
-    s = rehearse(start(), 80)
+    s = rehearse(start([BLOBS, DIGITS]), 80)
     s.reset()
     rehearse(settle(s), 80)
     old = s.runs[0]
@@ -390,14 +393,14 @@ def test_the_previous_run_stays_where_the_two_compare(start, name, value, kept):
     assert s.previous is (old if kept else None)
 
 
-def test_changing_the_data_clips_batch_sizes_and_keeps_the_model_only_where_it_fits(start):
-    s = start(dataset="digits", model="plain_cnn", batch_size=1024)
+def test_changing_the_data_clips_batch_sizes(start):
+    s = start([DIGITS, BLOBS], batch_size=1024)
     s.move("pinned_batch_size", 1000)
-    s.move("dataset", "blobs")
+    s.move("problem", ("blobs", "brownlee_mlp"))
     settle(s)
-    assert (s.settings["model"], s.settings["batch_size"], s.pinned_batch_size) == ("brownlee_mlp", 500, 500)
+    assert (s.settings["batch_size"], s.pinned_batch_size) == (500, 500)
     assert [r.training.batch_size for r in s.runs] == [500, 500]
-    assert s.runs[0].training.dataset.name == "blobs"
+    assert s.runs[0].training.problem is s.problem is BLOBS
 
 
 def test_an_optimizer_without_momentum_starts_without(start):
@@ -405,15 +408,6 @@ def test_an_optimizer_without_momentum_starts_without(start):
     s.move("optimizer", "adam")
     settle(s)
     assert s.settings["momentum"] == 0 and s.runs[0].training.optimizer == "adam"
-
-
-def test_num_train_is_a_subset_kept_through_a_change_of_data(start):
-    s = start(dataset="digits", num_train=600)
-    assert s.dataset.num_train == 600
-    s.move("dataset", "blobs")
-    assert settle(s).dataset.num_train == 500
-    s.move("dataset", "digits")
-    assert settle(s).dataset.num_train == 600
 
 
 # Steps, and a second run beside it
@@ -465,14 +459,14 @@ def test_a_pinned_run_is_fed_the_same_examples_in_lockstep(start):
     one, two = fed.values()
     n = min(len(one), len(two))
     assert n >= 1180 and one[:n] == two[:n]
-    assert one[:500] == data.epoch_order(500, 0, 0).tolist()
+    assert one[:500] == epoch_order(500, 0, 0).tolist()
     assert max(gaps) <= 20
 
 
 @pytest.mark.parametrize("settings", [{"momentum": 0.9}, {"optimizer": "adam", "lr": 0.005}], ids=["sgd", "adam"])
 def test_a_pinned_run_equals_one_trained_straight_through(start, settings):
     s = rehearse(start(**settings), 1000, {200: ("pinned_batch_size", 50)})
-    straight = Training(BLOBS, "brownlee_mlp", batch_size=8, **({"lr": 0.05} | settings)).advance(steps=25)
+    straight = Training(BLOBS, batch_size=8, **({"lr": 0.05} | settings)).advance(steps=25)
     straight.batch_size = 50
     main, pinned = s.runs
     straight.advance(steps=pinned.training.steps - 25, record=False)
@@ -541,20 +535,15 @@ def test_a_rehearsal_that_fails_is_forgotten(start):
     assert s._measure_every is None  # by the clock again
 
 
-def test_a_dataset_that_cannot_be_had_leaves_the_session_as_it_was(start, monkeypatch):
-    s = rehearse(start(), 80)
+def test_a_problem_that_cannot_be_trained_leaves_the_session_as_it_was(start):
+    wide = Problem(BLOBS.dataset, Net(lambda: torch.nn.Linear(3, 3), key="wide"))
+    s = rehearse(start([BLOBS, wide]), 80)
     run, settings = s.runs[0], dict(s.settings)
-
-    def missing(*args, **kwargs):
-        raise data.DataError("no mirror answered")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "load", missing)
-        s.move("dataset", "kmnist")
-        with pytest.raises(data.DataError, match="no mirror answered"):
-            s.wait(PATIENCE)
-    assert "no mirror answered" in s.error
-    assert (s.runs, s.settings, s.dataset.name, s.builds) == ((run,), settings, "blobs", 1)
+    s.move("problem", ("blobs", "wide"))
+    with pytest.raises(ValueError, match="the net cannot take this data"):
+        s.wait(PATIENCE)
+    assert "cannot take this data" in s.error
+    assert (s.runs, s.settings, s.problem, s.builds) == ((run,), settings, BLOBS, 1)
     s.reset()
     assert rehearse(settle(s), 80).error == ""
 
@@ -565,7 +554,7 @@ def test_a_divergence_pauses_and_is_noted_at_its_step(start):
     settle(s)
     run, losses = s.runs[0], of(s)["minibatch_loss"]
     assert run.diverged and s.error == ""
-    by_hand = Training(BLOBS, "brownlee_mlp", batch_size=50, lr=1e3).advance(steps=run.training.steps, record=False)
+    by_hand = Training(BLOBS, batch_size=50, lr=1e3).advance(steps=run.training.steps, record=False)
     first = int((~by_hand.take_losses()[1][:, 0].isfinite()).int().argmax()) + 1
     assert run.training.diverged_at.item() == first
     assert len(losses) >= first - 1 and losses[: first - 1].map(math.isfinite).all()  # of() drops those that are NaN
@@ -584,7 +573,7 @@ def test_a_pinned_run_that_diverges_pauses_both(start):
     s.move("pinned_batch_size", 16)
     settle(s)
     with torch.no_grad():
-        s.runs[1].training.model.head.weight[:] = math.nan
+        s.runs[1].training.stack.parameters["head.weight"][:] = math.nan
     s.play()
     settle(s)
     assert [run.diverged for run in s.runs] == [False, True] and not s.playing
@@ -658,7 +647,7 @@ def test_a_rehearsal_gives_the_same_history_twice(start):
     first, second = (rehearse(start(batch_size=4), 2000, script) for _ in range(2))
     pd.testing.assert_frame_equal(*(s.history.drop(columns="seconds") for s in (first, second)))
     assert first.history["test_accuracy"].notna().sum() > 50
-    assert [run.noise_scale for run in first.runs] == [run.noise_scale for run in second.runs]
+    assert [run.noise.value for run in first.runs] == [run.noise.value for run in second.runs]
 
 
 def test_a_rehearsal_ends_at_the_first_step_that_reaches_its_end(start):

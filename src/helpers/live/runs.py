@@ -175,7 +175,7 @@ class Runs:
         run.moves = [m for m in run.moves if not (m.name == name and m.steps == training.steps and m.value)] + [move]
 
     def code(self) -> str:
-        """Return the code that repeats the runs without a slider; a ``problem`` that is not built in must be at hand."""
+        """Return the code that repeats the runs without a slider, given ``problem`` where it is not built in."""
         lines = [f"# problem: the one given to the lab ({self.problem.net.name} on {self.dataset.name})"]
         if self.problem.names:
             defaults = inspect.signature(problems.named).parameters
