@@ -1,5 +1,4 @@
 import math
-import tempfile
 import threading
 import time
 
@@ -8,10 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import Dataset, Net, Problem, Training, problems
+from helpers import Net, Problem, Training, problems
 from helpers.engine.order import epoch_order
-from helpers.live import trace
-from helpers.live.session import TRANSITIONS, Session
+from helpers.live.session import Session
 from helpers.live.trace import LIVE, MEASURES, Curve, Run
 from helpers.measure import noise
 
@@ -655,23 +653,6 @@ def test_a_rehearsal_ends_at_the_first_step_that_reaches_its_end(start):
 
 
 # What is kept
-
-
-def test_the_history_survives_rolling_over_to_disk(start, monkeypatch):
-    files, real = [], tempfile.SpooledTemporaryFile
-
-    def small(max_size):
-        files.append(real(max_size=256))  # 16 steps
-        return files[-1]
-
-    plain = rehearse(start(), 480)
-    monkeypatch.setattr(trace.tempfile, "SpooledTemporaryFile", small)
-    spooled = start()
-    for end in (80, 240, 480):
-        assert len(of(rehearse(spooled, end))) == end / 8  # reads in between must not get in the way of writing
-    assert files[0]._rolled
-    for column in ("minibatch_loss", "minibatch_size", "examples_seen"):
-        assert of(spooled)[column].equals(of(plain)[column])
 
 
 @pytest.mark.parametrize("width", [1, 37, 64, 500, 1000])

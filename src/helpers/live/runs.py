@@ -14,7 +14,7 @@ from helpers.engine.optimizers import OPTIMIZERS, check_optimizer
 from helpers.engine.schedules import check_batch_size, check_lr
 from helpers.engine.training import Training
 from helpers.live.probe import TestDraw
-from helpers.live.trace import LIVE, Move, Run
+from helpers.live.trace import LIVE, Run
 from helpers.problems import Dataset, Problem
 
 Key = tuple[str, ...]  # (name,) of a problem that was given a name, else (its dataset's, its net's)
@@ -112,7 +112,7 @@ class Runs:
         elif wish.name in LIVE:
             self.settings[wish.name] = wish.value  # kept by a reset too
             for run in self.runs if wish.name != "batch_size" else self.runs[:1]:
-                self._move(run, wish)
+                run.move(*wish)
         else:
             self.start_over(**({} if wish.name == "reset" else {wish.name: wish.value}))
 
@@ -164,15 +164,7 @@ class Runs:
         if len(self.runs) == 1:
             main.take()
             self.runs = (main, Run(main.training.branch(), main.settings, main.moves))
-        self._move(self.runs[1], wish._replace(name="batch_size"))
-
-    def _move(self, run: Run, wish: Wish) -> None:
-        training, (name, value, asked_steps, asked_at) = run.training, wish
-        setattr(training, name, value)
-        move = Move(name, value, training.steps, training.examples_seen, training.seconds, training.batch_size,
-                    asked_steps, asked_at, time.time())  # fmt: skip
-        # Of several moves before one step only the last acts; but a momentum of 0 forgets the velocity.
-        run.moves = [m for m in run.moves if not (m.name == name and m.steps == training.steps and m.value)] + [move]
+        self.runs[1].move("batch_size", *wish[1:])
 
     def code(self) -> str:
         """Return the code that repeats the runs without a slider, given ``problem`` where it is not built in."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
-import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -71,43 +70,52 @@ class Curve:
 class Run:
     """One training of a session, with its trace.
 
-    settings: those it began with. moves: those that had already acted, where it is a branch.
+    settings: those it began with. moves: those that had acted before it branched off.
     """
 
-    _STEP = np.dtype([("size", "i4"), ("loss", "f4"), ("seconds", "f8")])
+    _STEP = np.dtype([("steps", "i8"), ("examples_seen", "i8"), ("seconds", "f8"), *((f"{n}_now", "f8") for n in LIVE),
+                      ("minibatch_size", "f8"), ("minibatch_loss", "f8")])  # fmt: skip
 
     def __init__(self, training: Training, settings: Mapping[str, object], moves: Iterable[Move] = ()):
         self.training, self.settings, self.moves = training, dict(settings), list(moves)
         self.curves = {"minibatch_loss": Curve()}
-        self.latest: dict[str, float] = {}
-        self.measured_at = (-1, -1, 0.0)  # examples_seen, steps, seconds
-        self.picture: dict[str, object] = {}
         self.noise = NoiseScale()
-        self._measures: list[dict[str, float]] = []
-        # Every step is kept for the export: some megabytes in memory, more on disk.
-        self._steps = tempfile.SpooledTemporaryFile(max_size=2**22)  # noqa: SIM115 (the run holds it open)
-        self._start = self._taken = self._now()
-        self._lock = threading.Lock()
+        self.latest: dict[str, float] = {}
+        self.picture: dict[str, object] = {}
+        self.measured_at = (-1, -1, 0.0)  # as AXES
+        self._taken = self._now()
+        self._steps = [np.empty(0, self._STEP)]
+        self._measures: list[tuple[float, ...]] = []
 
     def _now(self) -> tuple[int, int, float]:
         return self.training.examples_seen, self.training.steps, self.training.seconds
 
     def take(self) -> None:
-        """Keep the losses of the steps since the last call."""
+        """Keep the losses of the steps since the last call; the settings must not have changed since."""
         sizes, losses = self.training.take_losses()
         if not len(sizes):
             return
-        examples, steps, seconds = self._taken
-        self._taken = self._now()
+        (examples, steps, seconds), self._taken = self._taken, self._now()
         block = np.empty(len(sizes), self._STEP)
-        block["size"], block["loss"] = sizes, losses[:, 0]
+        block["steps"], block["examples_seen"] = steps + 1 + np.arange(len(sizes)), examples + sizes.cumsum(0)
         block["seconds"] = np.linspace(seconds, self._taken[2], len(sizes) + 1)[1:]
-        with self._lock:
-            self._steps.write(block.tobytes())
-        for size, loss, now in block.tolist():
-            examples, steps = examples + size, steps + 1
-            self.curves["minibatch_loss"].add((examples, steps, now), loss)
+        block["minibatch_size"], block["minibatch_loss"] = sizes, losses[:, 0]
+        for name in LIVE:
+            block[f"{name}_now"] = getattr(self.training, name)
+        self._steps.append(block)
+        for *at, loss in block[[*AXES, "minibatch_loss"]].tolist():
+            self.curves["minibatch_loss"].add(at, loss)
         self.latest["minibatch_loss"] = loss
+
+    def move(self, name: str, value: float, asked_steps: int, asked_at: float) -> None:
+        """Set a setting from the next step on, and note the move."""
+        self.take()
+        training = self.training
+        setattr(training, name, value)
+        move = Move(name, value, training.steps, training.examples_seen, training.seconds, training.batch_size,
+                    asked_steps, asked_at, time.time())  # fmt: skip
+        # Of several moves before one step only the last acts; but a momentum of 0 forgets the velocity.
+        self.moves = [m for m in self.moves if not (m.name == name and m.steps == move.steps and m.value)] + [move]
 
     @property
     def diverged(self) -> bool:
@@ -127,31 +135,15 @@ class Run:
         self.latest |= dict(zip(MEASURES, values))
         for name in (self.score, "gradient_norm"):
             self.curves.setdefault(name, Curve()).add(at, self.latest[name])
-        if not (self._measures and self._measures[-1]["steps"] == at[1]):
-            self._measures.append(dict(zip((*AXES, *MEASURES), (*at, *values))))
+        if not (self._measures and self._measures[-1][:3] == at):
+            self._measures.append((*at, *values))
 
     def history(self) -> pd.DataFrame:
         """One row per step, with the settings it was taken with; measures (NaN between) in the rows they belong to."""
-        with self._lock:
-            self._steps.seek(0)
-            block = np.frombuffer(self._steps.read(), self._STEP)  # which leaves it at its end, for the next block
-        moves = list(self.moves)
-        examples, steps, _ = self._start
-        frame = pd.DataFrame({
-            "steps": steps + 1 + np.arange(len(block)),
-            "examples_seen": examples + block["size"].cumsum(dtype=np.int64), "seconds": block["seconds"],
-            "minibatch_size": block["size"], "minibatch_loss": block["loss"].astype(float),
-        })  # fmt: skip
-        for name in LIVE:
-            own = [m for m in moves if m.name == name]
-            values = np.array([self.settings[name], *(m.value for m in own)])
-            frame[f"{name}_now"] = values[np.searchsorted([m.steps for m in own], frame["steps"], side="left")]
-        measures = pd.DataFrame(list(self._measures), columns=[*AXES, *MEASURES], dtype=float)
-        before = measures[measures["steps"] == steps].drop(columns="steps").assign(steps=steps)
-        frame = frame.merge(measures.drop(columns=["examples_seen", "seconds"]), on="steps", how="left")
-        frame = pd.concat([before, frame], ignore_index=True) if len(before) else frame
-        return frame[["steps", "examples_seen", "seconds", *(f"{n}_now" for n in LIVE), "minibatch_size",
-                      "minibatch_loss", *MEASURES]]  # fmt: skip
+        steps, measures = list(self._steps), list(self._measures)
+        kinds = [*((name, self._STEP[name]) for name in AXES), *((name, "f8") for name in MEASURES)]
+        measured = pd.DataFrame(np.array(measures, kinds))
+        return pd.DataFrame(np.concatenate(steps)).merge(measured, on=list(AXES), how="outer")
 
     def stretches(self) -> pd.DataFrame:
         """One row per stretch of steps with the same controls: these, ``steps``, ``spread_first`` and ``spread_last``.
