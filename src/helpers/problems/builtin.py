@@ -102,7 +102,7 @@ def choose(spec: str, dataset: str = "auto", model: str = "shen_mlp", **options:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"problem {spec!r} cannot be found: {error}") from None
-    problem = found if isinstance(found, Problem) else found()
+    problem = found() if callable(found) else found
     if not isinstance(problem, Problem):
         raise ValueError(f"{spec} is a {type(problem).__name__}; expected a Problem, or a function that makes one")
     problem.check()

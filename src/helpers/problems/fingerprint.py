@@ -95,7 +95,8 @@ class _Digest:
             slots = types.MemberDescriptorType | types.GetSetDescriptorType
             parts = {n: part for n, part in sorted(vars(value).items()) if not isinstance(part, slots)}
             return self.add({n: part for n, part in parts.items() if n not in _NOT_CODE})
-        if hasattr(value, "__dict__") and not isinstance(value, types.GeneratorType):
+        if hasattr(value, "__dict__"):
+            value.__reduce_ex__(4)  # TypeError for an open file or the like, whose content is elsewhere
             return self._all((type(value), vars(value)))
         raise TypeError(f"{type(value).__name__} has no content that can be hashed")
 
