@@ -150,14 +150,15 @@ class Problem:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "Using a target size")  # torch would broadcast one over the other
-                losses = self.example_losses(outputs, targets)
-            own = self.loss(_class_axis_first(outputs, targets, self.loss), targets) if self._own_mean else None
-        except (RuntimeError, IndexError, TypeError, AttributeError, UserWarning) as error:
+                raw = _class_axis_first(outputs, targets, self.loss)
+                own = self.loss(raw, targets) if self._own_mean else self._one_each(raw, targets)
+        except (RuntimeError, IndexError, TypeError, AttributeError, ValueError, UserWarning) as error:
             raise ValueError(
                 f"the loss {self.loss_name} cannot take outputs of {_shape(outputs)} with targets of {_shape(targets)}"
                 f": {_first_line(error)}; give a loss=lambda outputs, targets: ... that returns one loss an example"
             ) from error
-        if own is not None and not torch.allclose(own, losses.mean(), rtol=1e-3, atol=1e-6, equal_nan=True):
+        losses = self.example_losses(outputs, targets)
+        if self._own_mean and not torch.allclose(own, losses.mean(), rtol=1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(
                 f"the loss {self.loss_name} averages to {float(own):.6g}, but the mean over its examples is "
                 f"{float(losses.mean()):.6g}: class weights, or targets that it ignores, weigh examples by the company "
