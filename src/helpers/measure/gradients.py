@@ -57,13 +57,12 @@ def mean_gradient(
 @contextlib.contextmanager
 def deterministic(s: Stack) -> Iterator[None]:
     """Turn dropout off, use running statistics, and choose operators that can be differentiated twice and batched."""
-    recurrent = any(isinstance(m, torch.nn.RNNBase) for m in s.roots[0].modules())
-    # cuDNN differentiates a recurrent net in train mode only, and once.
-    plain = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    # cuDNN differentiates recurrent nets once, and in train mode only.
+    recurrent, nothing = any(isinstance(m, torch.nn.RNNBase) for m in s.roots[0].modules()), contextlib.nullcontext()
     training = s.roots[0].training
     s.eval()
     try:
-        with sdpa_kernel(SDPBackend.MATH), plain:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else nothing:
             yield
     finally:
         s.train(training)
@@ -88,8 +87,8 @@ def walk(
 
     batch_sizes: sizes to split a draw into. trials: numbers of the draws; each size splits the same ones.
     draw_size: examples a draw. lr: learning rate of the steps.
-    layers: ``"last"`` records the last layer's weight alone, as Shen did: the last parameter, in a module's order, with two axes.
-        ``"all"`` records every parameter, each in a column, and the norm of the whole gradient.
+    layers: ``"last"`` records the last layer's weight alone, as Shen did: of any module, its last parameter with at
+        least two axes. ``"all"`` records every parameter, each in a column, and the norm of the whole gradient.
     Returns one row per (batch_size, trial): ``gradient_norm`` and ``tail_fraction`` (entries beyond ``TAIL``) of the
     last layer's weight. Raises ValueError under batch normalisation.
     """

@@ -200,14 +200,15 @@ def rescale(solution: Solution, factor: float) -> Solution:
     """
     if not 0 < factor < math.inf:
         raise ValueError(f"factor is {factor!r}; expected a finite number above 0")
-    module, weighted = solution.problem.net.module(0), (torch.nn.Linear, torch.nn.Conv2d)
-    kinds = (*weighted, torch.nn.ReLU, torch.nn.Flatten, torch.nn.MaxPool2d)
-    names = [name for name, m in module.named_modules() if isinstance(m, weighted)]
-    plain = isinstance(module, torch.nn.Sequential) and all(isinstance(m, kinds) for m in module)
-    if len(names) < 2 or not (plain or (isinstance(module, nets.Classifier) and not module.norms)):
-        raise ValueError(
-            f"{solution.problem.net.name} is no plain ReLU net with a hidden layer; only those can be rescaled"
-        )
+    module, names, weighted = solution.problem.net.module(0), [], (torch.nn.Linear, torch.nn.Conv2d)
+    if type(module) in (nets.MLP, nets.CNN) and not module.norms:
+        names = [*(f"layers.{i}" for i in range(len(module.layers))), "head"]
+    elif type(module) is torch.nn.Sequential:
+        homogeneous = (*weighted, torch.nn.ReLU, torch.nn.Flatten, torch.nn.MaxPool2d)
+        if all(isinstance(layer, homogeneous) for layer in module):
+            names = [str(i) for i, layer in enumerate(module) if isinstance(layer, weighted)]
+    if len(names) < 2 or f"{names[1]}.weight" not in solution.weights:
+        raise ValueError(f"{solution.problem.net.name} is no plain ReLU net with a hidden layer, which rescale needs")
     factors = {f"{names[0]}.weight": factor, f"{names[0]}.bias": factor, f"{names[1]}.weight": 1 / factor}
     return Solution(solution.problem, {n: tensor * factors.get(n, 1.0) for n, tensor in solution.weights.items()})
 

@@ -317,15 +317,15 @@ def _some(values: Any, part: slice) -> Any:
 
 
 def _vmap_agrees(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> bool:
-    """Whether ``torch.func`` can differentiate this module, and gives two examples the gradients that they have alone."""
+    """Whether ``torch.func`` can differentiate this module, and agrees with backward passes of two single examples."""
+    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        return False  # it has no batching rule for them, and would loop itself
     two = _some((inputs, targets), slice(0, 2))
     try:
         fast, alone = (
             [torch.cat(parts) for parts in zip(*(gradients.values() for gradients, _ in each(module, problem, *two)))]
             for each in (_vmapped, _one_by_one)
         )
-    except (
-        Exception
-    ):  # whatever it cannot do: data-dependent control flow, missing rules, operators that write in place
+    except Exception:  # whatever it cannot do: data-dependent control flow, missing rules, writing in place
         return False
     return _squared_norm([f - a for f, a in zip(fast, alone)]) <= 1e-6 * _squared_norm(alone)
