@@ -15,6 +15,7 @@ from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import psutil
 import torch
@@ -22,6 +23,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 
 from helpers.engine.training import Training
 from helpers.problems import Problem
+from helpers.problems.sending import packed
 
 
 class _Kept:
@@ -50,6 +52,10 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         self._kept: Counter[int] = Counter()
         super().__init__(self._pack, lambda kept: kept.tensor if isinstance(kept, _Kept) else kept)
 
+    def __enter__(self) -> Saved:
+        super().__enter__()
+        return self
+
     def _pack(self, tensor: torch.Tensor) -> object:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
@@ -75,8 +81,8 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str = "cpu") -> list[int]:
     """For each function, the most bytes that it takes on the device beyond those in use before it.
 
-    functions: called twice each, so that one-off allocations of the first call do not count. Off CUDA they go by
-        cloudpickle to a process of their own, as a ``training.step`` can, of a problem defined anywhere.
+    functions: called twice each, so that one-off allocations of the first call do not count. Off CUDA they go to a
+        process of their own, as a ``training.step`` can, of a problem defined anywhere.
     device: on CUDA, the allocator's count; elsewhere the process's resident set. Linux can reset its highest value;
         other systems cannot, so there every function gets a fresh process, and one-off allocations count.
     """
@@ -85,7 +91,8 @@ def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str 
     process = _process if sys.platform == "linux" else _process.__wrapped__
     measure = _resident_peak if sys.platform == "linux" else _lifetime_peak
     try:
-        return [process(torch.get_num_threads()).submit(measure, function).result() for function in functions]
+        calls = ((process(torch.get_num_threads()), packed(function)) for function in functions)
+        return [started.submit(measure, function).result() for started, function in calls]
     except BrokenExecutor:
         _process.cache_clear()
         raise
@@ -112,7 +119,8 @@ def _cuda_peak(function: Callable[[], object], device: torch.device | str) -> in
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _resident_peak(function: Callable[[], object]) -> int:
+def _resident_peak(sent: bytes) -> int:
+    function = cloudpickle.loads(sent)
     function()
     Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest resident set so far
     before = _status("VmRSS")
@@ -126,7 +134,8 @@ def _status(name: str) -> int:
     return 1024 * int(kilobytes[1])
 
 
-def _lifetime_peak(function: Callable[[], object]) -> int:
+def _lifetime_peak(sent: bytes) -> int:
+    function = cloudpickle.loads(sent)
     before = psutil.Process().memory_info().rss
     function()
     if sys.platform == "win32":

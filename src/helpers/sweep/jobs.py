@@ -10,7 +10,6 @@ import contextlib
 import functools
 import itertools
 import os
-import pickle
 import platform
 import sys
 import time
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from helpers.engine.training import NUMERICS
 from helpers.problems import pick_device
-from helpers.problems.fingerprint import is_library
+from helpers.problems.sending import packed
 from helpers.sweep import cluster, processes
 from helpers.sweep.settings import device_type
 from helpers.sweep.store import Store, key_of
@@ -108,7 +107,7 @@ def _one_round(
     done = set()
     # A cluster takes all there is, for workers may join; elsewhere a job is claimed shortly before it is run.
     call = joblib.Parallel(return_as="generator_unordered", pre_dispatch="all" if all_at_once else "2*n_jobs")
-    send = _sent if remote else lambda job: job
+    send = packed if remote else lambda job: job
     calls = (joblib.delayed(_one)(i, send(todo[i]), os.getpid()) for i in _claimed(todo, claims, store))
     try:
         for number, results in call(calls):
@@ -145,26 +144,6 @@ def _claimed(todo: Sequence[Job], claims: dict[int, list[FileLock]], store: Stor
 
 def _is_done(job: Job, store: Store) -> bool:
     return all(store.has(key, job.wanted) for key in job.keys)
-
-
-def _sent(job: Job) -> bytes:
-    """The job for a worker, with the user's own code in it: a worker may not have the user's modules."""
-    own = [m for name, m in list(sys.modules.items()) if name != "__main__" and not _is_shared(m)]
-    for module in own:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        return cloudpickle.dumps(job)
-    except (TypeError, pickle.PicklingError, AttributeError) as error:
-        raise ValueError(f"this problem cannot be sent to a worker ({error}); run it with jobs=1") from error
-    finally:
-        for module in own:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-def _is_shared(module: object) -> bool:
-    """Whether a worker has the module too: Python's, an installed one, or this package."""
-    name = getattr(module, "__name__", "")
-    return is_library(module) or name.split(".")[0] in ("helpers", "companion") or not isinstance(name, str)
 
 
 def _one(number: int, sent: Job | bytes, runner: int):

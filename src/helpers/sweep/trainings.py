@@ -41,13 +41,14 @@ class Protocol(NamedTuple):
     version: int = 1
     trials: bool = False  # whether it has several
     any_loss: bool = False  # else it measures the cross-entropy of built-in problems
+    any_batch: bool = False  # whether an example's loss may depend on the others in its batch
 
 
 PROTOCOLS = {
     "walk": Protocol(gradients.walk, trials=True), "frozen": Protocol(gradients.frozen, trials=True),
-    "staleness": Protocol(gradients.staleness), "spectrum": Protocol(landscape.spectrum, any_loss=True),
-    "boxes": Protocol(landscape.boxes, any_loss=True), "noise": Protocol(noise.scale),
-    "minibatches": Protocol(noise.minibatches),
+    "staleness": Protocol(gradients.staleness), "spectrum": Protocol(landscape.spectrum, any_loss=True, any_batch=True),
+    "boxes": Protocol(landscape.boxes, any_loss=True, any_batch=True), "noise": Protocol(noise.scale),
+    "minibatches": Protocol(noise.minibatches), "micro_batches": Protocol(noise.micro_batches, any_batch=True),
 }  # fmt: skip
 
 _TRIALS_PER_JOB = 10
@@ -153,6 +154,9 @@ def _check_measure(protocol: str, chosen: Protocol, complete: Sequence[Mapping],
         raise ValueError("the protocols measure networks without normalisation; leave out norm")
     if not chosen.any_loss and any(s["problem"].names and s["loss"] != "cross_entropy" for s in complete):
         raise ValueError(f"protocol {protocol!r} measures the cross-entropy; leave out loss")
+    for s in complete if not chosen.any_batch else ():
+        if not s["problem"].names:
+            stack.build(s["problem"], [0]).train().refuse_batch_statistics(protocol)
     late = [(e, s["epochs"]) for e in epochs for s in complete if not 0 <= e <= s["epochs"]]
     if late:
         raise ValueError(f"epoch {late[0][0]} is not within a training of {late[0][1]} epochs")
