@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import Net, Problem, problems
+from helpers import Dataset, Net, Problem, problems
 from helpers.live import lab as live
 from helpers.live.lab import Lab, advice
 
@@ -256,6 +257,84 @@ def test_what_follows_a_start_over_is_no_move_of_the_user(start):
     assert settle(lab).session.builds == 2
     assert [m.name for m in lab.session.runs[0].moves] == []
     assert lab.error == lab.session.error == ""
+
+
+# Any problem
+
+
+class Transformer(torch.nn.Module):
+    """One causal layer with tied embeddings."""
+
+    def __init__(self, words=11, width=16):
+        super().__init__()
+        self.words, self.places = torch.nn.Embedding(words, width), torch.nn.Embedding(8, width)
+        self.mix, self.back, self.norm = (
+            torch.nn.Linear(width, 3 * width),
+            torch.nn.Linear(width, width),
+            torch.nn.LayerNorm(width),
+        )
+
+    def forward(self, tokens):
+        x = self.words(tokens) + self.places.weight[: tokens.shape[1]]
+        q, k, v = self.mix(self.norm(x)).unflatten(-1, (2, -1)).transpose(1, 2).chunk(3, dim=-1)
+        x = x + self.back(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x @ self.words.weight.T
+
+
+class Pictures:
+    """A map-style dataset of coloured images."""
+
+    def __init__(self, size):
+        self.images = torch.randn(size, 3, 4, 4, generator=torch.Generator().manual_seed(size))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], int(self.images[index].mean() > 0)
+
+
+def own_problems():
+    x, tokens = torch.randn(80, 5, generator=torch.Generator().manual_seed(0)), torch.arange(80 * 9).view(80, 9) % 11
+    nn, above, line = torch.nn, (x[:, 0] > 0).long(), x[:, :1] - x[:, 1:2]
+
+    def split(x, y):
+        return Dataset.of(x[:60], y[:60], x[60:], y[60:])
+
+    def perceptron():
+        return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 2))
+
+    def convolutions():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+    return {
+        "classes": Problem(split(x, above), perceptron),
+        "tokens": Problem(split(tokens[:, :-1], tokens[:, 1:]), Transformer),
+        "regression": Problem(split(x[:, :2], line), lambda: nn.Linear(2, 1), F.mse_loss),
+        "map-style": Problem(Dataset.of_map(Pictures(50), Pictures(30)), convolutions),
+        "no test set": Problem(Dataset.of(x[:, :2], above), lambda: nn.Linear(2, 2)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "measured", "picture"),
+    [("classes", "Test accuracy", None), ("tokens", "Test accuracy", None), ("regression", "Test loss", None),
+     ("map-style", "Test accuracy", "Misclassified now"), ("no test set", None, None)],
+)  # fmt: skip
+def test_any_problem_plays_is_drawn_and_repeats(start, name, measured, picture):
+    problem = own_problems()[name]
+    lab = start(problem, batch_size=4, optimizer="adam", lr=0.01)
+    lab.rehearse({40: 10}, 120, timeout=PATIENCE)
+    assert (lab.error, lab.session.error) == ("", "") and main(lab).batch_size == 10
+    labels = [label.split(",")[0] for label in svgs(lab)]
+    assert labels[1] == measured if measured else len(labels) == 3
+    assert [text in figure(lab) for text in ("Misclassified now", "Decision regions")] == [bool(picture), False]
+    assert ("No noise scale: " in figure(lab)) == (name == "map-style")  # for its batch normalisation
+    assert np.isfinite(lab.history["gradient_noise_scale"]).any() or name == "map-style"
+    assert lab.figure() is not None
+    found = {"problem": problem}
+    exec(lab.code(), found)
+    assert all(w.equal(found["training"].weights()[name]) for name, w in main(lab).weights().items())
 
 
 # One lab at a time

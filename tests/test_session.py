@@ -9,7 +9,7 @@ import torch
 
 from helpers import Net, Problem, Training, problems
 from helpers.engine.order import epoch_order
-from helpers.live.session import Session
+from helpers.live.session import TRANSITIONS, Session
 from helpers.live.trace import LIVE, MEASURES, Curve, Run
 from helpers.measure import noise
 
@@ -593,6 +593,58 @@ def test_pause_right_after_play_leaves_it_paused(start):
         s.pause()
     s.wait(10)
     assert not s.playing and s.runs[0].training.steps == 0
+
+
+# States
+
+
+def test_every_transition_leads_to_a_declared_state_and_closed_is_the_end():
+    states = {"ready", "playing", "paused", "diverged", "failed", "closed"}
+    for acts in TRANSITIONS.values():
+        assert set(acts) <= states - {"closed"} and set(acts.values()) <= states
+    for event in ("fail", "start over", "close"):
+        assert set(TRANSITIONS[event]) == states - {"closed"}
+
+
+def test_a_session_goes_through_its_states(start):
+    s = start(batch_size=50)
+    found = [s.state]
+
+    def note():
+        settle(s)
+        found.append(s.state)
+
+    for act in (s.step, s.reset, s.play):
+        act()
+        if act != s.play:
+            note()
+    until(lambda: s.playing)
+    s.reset()
+    until(lambda: s.builds == 3)
+    assert s.playing  # a reset while it plays goes on from the start
+    s.pause()
+    note()
+    s.move("lr", 1e3)
+    s.play()
+    note()
+    s.move("pinned_batch_size", 50)
+    note()
+    s.close()
+    assert [*found, s.state] == ["ready", "paused", "ready", "paused", "diverged", "diverged", "closed"]
+
+
+def test_unpinning_a_run_that_diverged_lets_the_other_go_on(start):
+    s = start()
+    s.move("pinned_batch_size", 16)
+    settle(s)
+    with torch.no_grad():
+        s.runs[1].training.stack.parameters["head.weight"][:] = math.nan
+    s.step()
+    assert settle(s).state == "diverged"
+    s.move("pinned_batch_size", None)
+    assert settle(s).state == "paused"
+    s.step()
+    assert settle(s).runs[0].training.steps == 2
 
 
 # The thread

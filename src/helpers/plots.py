@@ -187,7 +187,7 @@ def scatter_classes(inputs: np.ndarray, targets: np.ndarray, *, ax: Axes | None 
 
 
 def session(curves: pd.DataFrame, moves: pd.DataFrame, *, x: str = "examples_seen") -> Figure:
-    """A live session: loss and test accuracy with the spread of each bin, and a line wherever a control moved.
+    """A live session: loss and score with the spread of each bin, and a line wherever a control moved.
 
     ``curves``: ``run``, ``measure``, ``x``, mean, low, high; ``moves``: ``x``, name, value, batch_size. The figure is
     not pyplot's: it may be drawn beside a cell that runs.
@@ -195,7 +195,9 @@ def session(curves: pd.DataFrame, moves: pd.DataFrame, *, x: str = "examples_see
     fig = Figure(figsize=(9, 5.6))
     panels = fig.subplots(2, sharex=True)
     styles = {"previous": ("0.65", "-"), "this run": ("#0072b2", "-"), "pinned": ("#d55e00", "--")}
-    for ax, measure in zip(panels, ["minibatch_loss", "test_accuracy"]):
+    known = set(curves["measure"])
+    score = next((m for m in ("test_accuracy", "test_loss") if m in known), "gradient_norm")
+    for ax, measure in zip(panels, ["minibatch_loss", score]):
         for run, group in curves[curves["measure"] == measure].groupby("run", sort=False):
             shade, dash = styles[run]
             ax.fill_between(group[x], group["low"], group["high"], color=shade, alpha=0.3, linewidth=0)
@@ -213,7 +215,8 @@ def session(curves: pd.DataFrame, moves: pd.DataFrame, *, x: str = "examples_see
     if len(loss):
         panels[0].set_ylim(bottom=max(loss["low"].quantile(0.05), 1e-9) / 1.1)
     panels[1].set(xlabel=LABELS[x])
-    panels[1].legend(loc="lower right")
+    if panels[1].lines:
+        panels[1].legend(loc="lower right")
     return fig
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -27,6 +27,7 @@ RUNS = {
 }
 CLASSES = sns.color_palette("colorblind", 100)  # ten colours, in turn
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 52, 14, 26, 24
+_WIDE = _WIDTH - _LEFT - _RIGHT  # of a panel's drawing area
 _FONT = {"font_family": "var(--jp-ui-font-family, sans-serif)", "font_size": 11}
 _SHORT = EngFormatter(sep="")
 PANEL = "flex: 1 1 410px; max-width: 620px; min-width: 0"  # two beside each other in a notebook, one on a phone
@@ -59,53 +60,63 @@ def panel(
 ) -> str:
     """Curves of thinned bins (see ``trace.Curve``) against their column ``axis``, with the spread of each bin.
 
-    ``marks``: (x, label, run), a vertical line each; where labels would overlap, the later one is written.
+    marks: (x, label, run), a vertical line each; where labels would overlap, the later one is written.
     """
-    width, tall = _WIDTH - _LEFT - _RIGHT, height - _TOP - _BOTTOM
     arrays = {name: np.array(bins, dtype=float).reshape(-1, 7) for name, bins in curves.items() if len(bins)}
     right = max((a[-1, axis] for a in arrays.values()), default=0) or 1.0
     low, high = _limits(list(arrays.values()), log, percent)
+    tall = height - _TOP - _BOTTOM
     scale = (lambda v: np.log10(np.maximum(v, 1e-12))) if log else np.asarray
     bottom, top = scale(np.array([low, high]))
 
-    def down(y: np.ndarray) -> np.ndarray:
+    def down(y: np.ndarray | float) -> np.ndarray:
         return np.clip(tall - (scale(y) - bottom) / (top - bottom) * tall, -tall, 2 * tall)
 
-    def points(x: np.ndarray, y: np.ndarray) -> str:
-        return " ".join(f"{a:.1f},{d:.1f}" for a, d in zip((x / right * width).tolist(), down(y).tolist()))
-
-    drawn, texts = [], []
-    for name, a in arrays.items():
-        (line, dash), x, mean = RUNS[name], a[:, axis], a[:, 4] / a[:, 3]
-        if (a[:, 3] > 1).any():
-            band = points(x, a[:, 6]) + " " + points(x[::-1], a[::-1, 5])
-            drawn.append(tag("polygon", points=band, fill=line, fill_opacity=0.3))
-        drawn.append(tag("polyline", class_="companion-curve", data_run=name, points=points(x, mean), fill="none",
-                         stroke=line, stroke_width=1.5, stroke_dasharray=dash))  # fmt: skip
-    free = math.inf  # to the left of it no label stands yet
-    for x, label, run in sorted(marks, reverse=True):
-        ink, at, long = INK if run == "this run" else RUNS[run][0], x / right * width, 6.5 * len(label)
-        drawn.append(tag("line", class_="companion-mark", x1=f"{at:.1f}", x2=f"{at:.1f}", y1=0, y2=tall, stroke=ink,
-                         stroke_dasharray="2 2"))  # fmt: skip
-        left = at + long > width  # of its line, where there is no room at the right
-        if at + (0 if left else long) < free:
-            where = {"x": f"{_LEFT + at + (-3 if left else 3):.1f}", "text_anchor": "end" if left else "start"}
-            texts.append(tag("text", escape(label), y=_TOP + 10, fill=ink, **where))
-            free = at - (long if left else 0)
+    drawn = [part for name, a in arrays.items() for part in _curve(name, a, a[:, axis] / right * _WIDE, down)]
+    lines, texts = _marks([(x / right * _WIDE, label, run) for x, label, run in marks], tall)
     for value in _ticks(low, high, log):
-        y = _TOP + float(down(np.array(value)))
-        label = f"{100 * value:.3g} %" if percent else f"{value:g}"
-        texts.append(tag("line", x1=_LEFT, x2=_LEFT + width, y1=f"{y:.1f}", y2=f"{y:.1f}", stroke=FAINT))
+        y, label = _TOP + float(down(value)), f"{100 * value:.3g} %" if percent else f"{value:g}"
+        texts.append(tag("line", x1=_LEFT, x2=_LEFT + _WIDE, y1=f"{y:.1f}", y2=f"{y:.1f}", stroke=FAINT))
         texts.append(tag("text", label, x=_LEFT - 5, y=f"{y + 4:.1f}", text_anchor="end", fill=INK))
     for value in _ticks(0, right, log=False):
-        at = f"{_LEFT + value / right * width:.1f}"
-        texts.append(tag("text", _SHORT(value), x=at, y=height - 8, text_anchor="middle", fill=INK))
+        x = f"{_LEFT + value / right * _WIDE:.1f}"
+        texts.append(tag("text", _SHORT(value), x=x, y=height - 8, text_anchor="middle", fill=INK))
     now = ", ".join(f"{name} {number(a[-1, 4] / a[-1, 3])}" for name, a in arrays.items())
     return tag(
         "svg", tag("text", escape(title), x=_LEFT, y=14, font_weight=600, fill=INK), *texts,
-        tag("svg", *drawn, x=_LEFT, y=_TOP, width=width, height=tall, overflow="hidden"),
+        tag("svg", *drawn, *lines, x=_LEFT, y=_TOP, width=_WIDE, height=tall, overflow="hidden"),
         viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=f"{title}: {now}", style=PANEL, **_FONT,
     )  # fmt: skip
+
+
+def _curve(name: str, bins: np.ndarray, x: np.ndarray, down: Callable[[np.ndarray], np.ndarray]) -> list[str]:
+    """The mean of each bin, over the band of its spread."""
+
+    def points(x: np.ndarray, y: np.ndarray) -> str:
+        return " ".join(f"{a:.1f},{d:.1f}" for a, d in zip(x.tolist(), down(y).tolist()))
+
+    ink, dash = RUNS[name]
+    line = tag("polyline", class_="companion-curve", data_run=name, points=points(x, bins[:, 4] / bins[:, 3]),
+               fill="none", stroke=ink, stroke_width=1.5, stroke_dasharray=dash)  # fmt: skip
+    if (bins[:, 3] == 1).all():
+        return [line]
+    band = points(x, bins[:, 6]) + " " + points(x[::-1], bins[::-1, 5])
+    return [tag("polygon", points=band, fill=ink, fill_opacity=0.3), line]
+
+
+def _marks(marks: Sequence[tuple[float, str, str]], tall: int) -> tuple[list[str], list[str]]:
+    """The lines of (x, label, run), and their labels."""
+    lines, texts, free = [], [], math.inf  # free: to the left of it no label stands yet
+    for x, label, run in sorted(marks, reverse=True):
+        ink, long = INK if run == "this run" else RUNS[run][0], 6.5 * len(label)
+        lines.append(tag("line", class_="companion-mark", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=0, y2=tall, stroke=ink,
+                         stroke_dasharray="2 2"))  # fmt: skip
+        left = x + long > _WIDE  # of its line, where there is no room at the right
+        if x + (0 if left else long) < free:
+            at, anchor = (x - 3, "end") if left else (x + 3, "start")
+            texts.append(tag("text", escape(label), y=_TOP + 10, fill=ink, x=f"{_LEFT + at:.1f}", text_anchor=anchor))
+            free = x - (long if left else 0)
+    return lines, texts
 
 
 def _limits(arrays: Sequence[np.ndarray], log: bool, percent: bool) -> tuple[float, float]:
