@@ -53,7 +53,7 @@ class Lab(widgets.VBox):
         self.session = Session(given, batch_size=batch_size, lr=lr, **settings)
         self.error = ""  # of the drawing; the session has its own
         self.epochs_per_second, self.sizes_asked, self.following = epochs_per_second, {batch_size}, False
-        self._small, self._builds, self._speed = small, self.session.builds, view.Speed()
+        self._small, self._builds = small, self.session.builds
         self._on_pause: list[Callable[[], None]] = []
         self._kept = 0  # plays of the session when its output was last kept
         self._stop, self._drawing = threading.Event(), threading.Lock()
@@ -118,16 +118,14 @@ class Lab(widgets.VBox):
                 self.set_pace()
             self.play.disabled, self.pause.disabled = session.playing, not session.playing
             self._status.value = view.status(session, self.error)  # first: where drawing fails, the next tick says so
-            speed = self._speed.at(session.runs[0].training.steps)
-            self._figure.value = view.figure(session, self.axis.value, small=self._small, speed=speed)
+            self._figure.value = view.figure(session, self.axis.value, small=self._small)
 
     def _follow(self) -> None:
-        builds, self.following = self.session.builds, True
+        self._builds, self.following = self.session.builds, True
         try:
             controls.follow(self)
         finally:
             self.following = False
-        self._builds = builds
 
     # What one keeps.
 

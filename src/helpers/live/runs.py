@@ -11,8 +11,8 @@ import pandas as pd
 
 from helpers import problems
 from helpers.engine.optimizers import OPTIMIZERS, check_optimizer
-from helpers.engine.schedules import check_batch_size, check_lr
-from helpers.engine.training import Training
+from helpers.engine.schedules import check_batch_size
+from helpers.engine.training import Training, check_lr_like
 from helpers.live.probe import TestDraw
 from helpers.live.trace import LIVE, Run
 from helpers.problems import Dataset, Problem
@@ -23,24 +23,18 @@ Problems = Problem | Sequence[Problem] | Mapping[str, Problem]
 
 def keyed(given: Problems) -> dict[Key, Problem]:
     """Return the problems to choose from, by key. Raises TypeError for anything but problems."""
-    named = given if isinstance(given, Mapping) else {}
-    listed = [given] if isinstance(given, Problem) else list(named.values() or given) if _is_list(given) else []
+    named = isinstance(given, Mapping)
+    listed = list(given.values() if named else given if isinstance(given, Sequence) else [given])
     if not listed or not all(isinstance(problem, Problem) for problem in listed):
         raise TypeError(f"expected a Problem, a list of them, or a dict name → Problem, not {given!r}; built-in "
                         "problems are problems.named('blobs', 'shen_mlp') and the like")  # fmt: skip
-    if named:
-        return {(str(name),): problem for name, problem in named.items()}
     found: dict[Key, Problem] = {}
-    for problem in listed:
-        key, number = (problem.dataset.name, problem.net.name), 2
+    for name, problem in zip(given if named else listed, listed):
+        key, number = (str(name),) if named else (problem.dataset.name, problem.net.name), 2
         while key in found:
-            key, number = (problem.dataset.name, f"{problem.net.name} ({number})"), number + 1
+            key, number = (*key[:1], f"{problem.net.name} ({number})"), number + 1
         found[key] = problem
     return found
-
-
-def _is_list(given: object) -> bool:
-    return isinstance(given, Mapping | Sequence) and not isinstance(given, str)
 
 
 class Wish(NamedTuple):
@@ -89,20 +83,22 @@ class Runs:
 
     def checked(self, name: str, value: object) -> object:
         """Return ``value`` in the type of its setting. Raises ValueError for an unknown setting or a bad value."""
+        if name in ("pinned_batch_size", "examples_per_second") and value is None:
+            return None
         if name in ("batch_size", "pinned_batch_size"):
-            unpin = name == "pinned_batch_size" and value is None
-            return None if unpin else check_batch_size(value, self.dataset.num_train)
-        if name == "lr":
-            return check_lr(value)
+            return check_batch_size(value, self.dataset.num_train)
+        if name in ("lr", "examples_per_second"):
+            check_lr_like(name, value)
+            return float(value)
         if name == "momentum":
             check_optimizer(self.settings["optimizer"], value)
             return float(value)
-        choices = {"optimizer": OPTIMIZERS, "problem": tuple(self.problems)}
-        if name not in choices:
+        choices = {"optimizer": OPTIMIZERS, "problem": tuple(self.problems)}.get(name)
+        if choices is None:
             raise ValueError(f"no control is called {name!r}")
         value = (value,) if name == "problem" and isinstance(value, str) else value
-        if value not in choices[name]:
-            raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(map(str, choices[name]))}")
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(map(str, choices))}")
         return value
 
     def apply(self, wish: Wish) -> None:

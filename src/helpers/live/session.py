@@ -6,8 +6,6 @@ its settings and its moves, and repeats to the bit without the thread. Nothing h
 
 from __future__ import annotations
 
-import math
-import numbers
 import threading
 import time
 import traceback
@@ -38,15 +36,8 @@ class Pace:
     """A pace in examples a second; None for as fast as it goes."""
 
     def __init__(self, examples_per_second: float | None):
-        self.examples_per_second = self.checked(examples_per_second)
+        self.examples_per_second = examples_per_second
         self.restart(0)
-
-    @staticmethod
-    def checked(value: object) -> float | None:
-        """Return ``value``. Raises ValueError unless it is None, or finite and above 0."""
-        if value is not None and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
-            raise ValueError(f"examples_per_second is {value!r}; expected a finite number above 0, or None")
-        return value
 
     def restart(self, examples_seen: int) -> None:
         """Count from here on."""
@@ -74,7 +65,7 @@ class Session(Runs):
 
     def __init__(self, given: Problems, *, examples_per_second: float | None = None, **settings: object):
         self.state, self.plays = "ready", 0  # how often it has been played or stepped
-        self.pace, self.failure = Pace(examples_per_second), None
+        self.failure: Exception | None = None
         self._wishes: deque[Wish] = deque()
         self._script: deque[tuple[float, Callable[[], None]]] = deque()
         self._changed, self.idle = threading.Condition(), False  # idle: the thread waits for a wish
@@ -83,6 +74,7 @@ class Session(Runs):
         self._threads_before = torch.get_num_threads()
         self.threads = max(1, self._threads_before - 1)
         super().__init__(given, **settings)  # here, not in the thread: it may take seconds, and play acts at once
+        self.pace = Pace(self.checked("examples_per_second", examples_per_second))
         self.thread = threading.Thread(target=self._work, name="companion-trainer", daemon=True)
         self.thread.start()
 
@@ -111,7 +103,7 @@ class Session(Runs):
         ``pinned_batch_size`` sets beside it a second run, which branches off here and is fed the same examples; None
         ends it. ``examples_per_second`` is the pace. Raises ValueError for a bad value.
         """
-        self._wish(name, Pace.checked(value) if name == "examples_per_second" else self.checked(name, value))
+        self._wish(name, self.checked(name, value))
 
     def play(self) -> None:
         self._wish("play")

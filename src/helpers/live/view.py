@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import time
 from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
@@ -21,21 +20,6 @@ if TYPE_CHECKING:
     from helpers.live.lab import Lab
 
 _SCORES = {"test_accuracy": "Test accuracy", "test_loss": "Test loss"}
-
-
-class Speed:
-    """Steps a second, over about a second."""
-
-    def __init__(self):
-        self._began, self._steps, self._rate = time.monotonic(), 0, 0.0
-
-    def at(self, steps: int) -> float:
-        """Return the speed as ``steps`` are reached."""
-        now = time.monotonic()
-        if now - self._began > 1 or steps < self._steps:
-            self._rate = max(steps - self._steps, 0) / (now - self._began)
-            self._began, self._steps = now, steps
-        return self._rate
 
 
 def status(session: Session, error: str) -> str:
@@ -63,7 +47,7 @@ def _alert(title: str, error: str, way_out: str) -> str:
     return tag("div", first, text, way_out, role="alert", class_="companion-error", style=red)
 
 
-def figure(session: Session, axis: str, *, small: bool, speed: float) -> str:
+def figure(session: Session, axis: str, *, small: bool) -> str:
     """Every curve against ``axis``, the gauge of the noise scale with its advice, the picture and the facts."""
     named = session.named_runs()
     main = named["this run"]
@@ -80,7 +64,7 @@ def figure(session: Session, axis: str, *, small: bool, speed: float) -> str:
         drawn.append(chart.mistakes(picture["mistakes"]))
     return tag(
         "div", _legend(named), tag("div", *drawn, style="display: flex; flex-wrap: wrap; gap: 4px 16px"),
-        tag("div", _facts(main, speed)), class_="companion-chart", data_steps=main.training.steps,
+        tag("div", _facts(main)), class_="companion-chart", data_steps=main.training.steps,
         style=f"color: {chart.INK}; line-height: 1.5",
     )  # fmt: skip
 
@@ -121,11 +105,12 @@ def _legend(named: Mapping[str, Run]) -> str:
     return tag("div", " ".join(keys))
 
 
-def _facts(run: Run, speed: float) -> str:
-    """The run's position and latest measures, in a line."""
+def _facts(run: Run) -> str:
+    """The run's position, its speed (without drawing and measuring) and its latest measures, in a line."""
     training, score = run.training, run.latest.get(run.score, math.nan)
     shown = f"{100 * score:.1f} %" if run.score == "test_accuracy" else number(score)
     loss, gradient = (run.latest.get(name, math.nan) for name in ("minibatch_loss", "gradient_norm"))
+    speed = training.steps / training.seconds if training.steps else 0
     return (
         f"step {training.steps:,} · {training.examples_seen:,} examples · epoch {training.epoch:.2f} · {speed:,.0f} "
         f"steps/s · loss {number(loss)} · gradient norm {number(gradient)} · {_SCORES[run.score].lower()} {shown}"
@@ -133,24 +118,28 @@ def _facts(run: Run, speed: float) -> str:
 
 
 def advice(batch_size: int, noise_scale: float) -> str:
-    """Say in plain words how the batch size compares with the noise scale.
+    """Say in plain words how the batch size compares with the noise scale; nothing where there is none (NaN).
 
     In theory (McCandlish 2018, eq. 2.11: each size at its best rate) batch B needs E ∝ 1 + B/B_simple examples and
     S ∝ 1 + B_simple/B steps.
     """
+
+    def ratios(factor: float) -> tuple[float, float]:
+        return (1 + factor * share) / (1 + share), (1 + 1 / (factor * share)) / (1 + 1 / share)
+
     if math.isnan(noise_scale):
         return ""
     if math.isinf(noise_scale):
         return "Noise dominates: the gradient hardly stands out. A batch 4× larger would cost almost no extra examples."
     share = batch_size / noise_scale
-    examples, steps = (1 + 4 * share) / (1 + share), (1 + 1 / share) / (1 + 1 / (4 * share))
-    costs = f"{100 * (examples - 1):.0f} % more examples, {steps:.1f}× fewer steps"
+    examples, steps = ratios(4)
+    costs = f"{100 * (examples - 1):.0f} % more examples, {1 / steps:.1f}× fewer steps"
     if share < 1 / 16:
         return f"Noise dominates: a batch 4× larger would cost almost no extra examples ({costs})."
     if share < 4:
         return f"Noise and gradient balance: a batch 4× larger would trade one for the other ({costs})."
-    fewer = 1 - (1 + share / 4) / (1 + share)
-    costs = f"{100 * fewer:.0f} % fewer examples, and {(1 + 4 / share) / (1 + 1 / share):.1f}× the steps"
+    examples, steps = ratios(1 / 4)
+    costs = f"{100 * (1 - examples):.0f} % fewer examples, and {steps:.1f}× the steps"
     return f"The gradient is nearly exact already: a batch 4× smaller would need {costs}."
 
 
