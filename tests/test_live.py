@@ -20,7 +20,8 @@ from PIL import Image
 
 from helpers import Dataset, Net, Problem, problems
 from helpers.live import lab as live
-from helpers.live.lab import Lab, advice
+from helpers.live.lab import Lab
+from helpers.live.view import advice
 
 BLOBS = problems.named("blobs", "brownlee_mlp")
 BLOBS_WIDE = problems.named("blobs", "shen_mlp")

@@ -18,11 +18,10 @@ import nbformat
 import numpy as np
 import pytest
 
-from companion import runs
-
 # One server and one page for the whole module, so one worker for all of it.
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("live_lab")]
 
+NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks/10_live_lab.ipynb"
 RUN_IN_KERNEL = """async ([code, expression]) => {
   const kernel = panel.sessionContext.session.kernel;
   const future = kernel.requestExecute({code, store_history: false, user_expressions: {value: expression}});
@@ -110,11 +109,11 @@ class Lab:
 
 def copy_notebook(folder):
     """Notebook 10 with a short rehearsal, on the real MNIST where it is."""
-    notebook = nbformat.read(runs.notebooks()["10_live_lab"], as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     real = (Path(os.environ.get("COMPANION_DATA", "")) / "MNIST/raw/train-images-idx3-ubyte").exists()
     cell.source += "\nmove_at, end_at, large_batch_size = 3000, 6000, 256"
-    cell.source += f"\ndataset = {'mnist' if real else 'digits'!r}"
+    cell.source += "\ndataset = 'mnist'" if real else "\ndataset, num_train = 'digits', 1297"
     folder.mkdir()
     nbformat.write(notebook, folder / "10_live_lab.ipynb")
     return folder / "10_live_lab.ipynb"

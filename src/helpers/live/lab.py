@@ -25,9 +25,6 @@ from helpers.live import controls, view
 from helpers.live.runs import Problems
 from helpers.live.session import Session
 from helpers.live.trace import AXES
-from helpers.live.view import advice
-
-__all__ = ["Lab", "advice", "in_browser"]
 
 DRAWS_PER_SECOND = 6
 _STATIC = "<p>Live controls stand here while the notebook runs; the picture below shows what they did.</p>"
@@ -184,6 +181,10 @@ class Lab(widgets.VBox):
     def finding(self) -> str:
         """The finding of this run in a line."""
         return self.session.runs[0].finding()
+
+    def advice(self) -> str:
+        """How this run's batch size compares with its noise scale, in plain words."""
+        return view.advised(self.session.runs[0])
 
     def code(self) -> str:
         """The cell that repeats this session without a slider."""

@@ -11,8 +11,8 @@ import pandas as pd
 
 from helpers import problems
 from helpers.engine.optimizers import OPTIMIZERS, check_optimizer
-from helpers.engine.schedules import check_batch_size
-from helpers.engine.training import Training, check_lr_like
+from helpers.engine.schedules import check_above, check_examples
+from helpers.engine.training import Training
 from helpers.live.probe import TestDraw
 from helpers.live.trace import LIVE, Run
 from helpers.problems import Dataset, Problem
@@ -86,10 +86,9 @@ class Runs:
         if name in ("pinned_batch_size", "examples_per_second") and value is None:
             return None
         if name in ("batch_size", "pinned_batch_size"):
-            return check_batch_size(value, self.dataset.num_train)
+            return check_examples(name, value, self.dataset.num_train)
         if name in ("lr", "examples_per_second"):
-            check_lr_like(name, value)
-            return float(value)
+            return check_above(name, value)
         if name == "momentum":
             check_optimizer(self.settings["optimizer"], value)
             return float(value)

@@ -52,10 +52,8 @@ def figure(session: Session, axis: str, *, small: bool) -> str:
     named = session.named_runs()
     main = named["this run"]
     drawn = _panels(session, named, axis, small)
-    batch_size, scale = main.training.batch_size, main.noise.value
-    refusal = f"No noise scale: {main.noise.refusal}" if main.noise.refusal else ""
-    words = tag("div", escape(refusal or advice(batch_size, scale)), class_="companion-advice")
-    drawn.append(tag("div", chart.gauge(batch_size, scale, session.dataset.num_train), words, style=chart.PANEL))
+    gauge = chart.gauge(main.training.batch_size, main.noise.value, session.dataset.num_train)
+    drawn.append(tag("div", gauge, tag("div", escape(advised(main)), class_="companion-advice"), style=chart.PANEL))
     picture = {} if small else main.picture
     if "regions" in picture:
         inputs, targets = (t.cpu().numpy() for t in session.dataset.tensors("train"))
@@ -115,6 +113,12 @@ def _facts(run: Run) -> str:
         f"step {training.steps:,} · {training.examples_seen:,} examples · epoch {training.epoch:.2f} · {speed:,.0f} "
         f"steps/s · loss {number(loss)} · gradient norm {number(gradient)} · {_SCORES[run.score].lower()} {shown}"
     )
+
+
+def advised(run: Run) -> str:
+    """The advice for a run as it is now, or the reason why there is none."""
+    refusal = run.noise.refusal
+    return f"No noise scale: {refusal}" if refusal else advice(run.training.batch_size, run.noise.value)
 
 
 def advice(batch_size: int, noise_scale: float) -> str:
