@@ -4,7 +4,15 @@ import os
 import shutil
 from pathlib import Path
 
+# Tests run side by side: threads that wait for each other would take them many times as long. Before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("soak", derandomize=False, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("COMPANION_HYPOTHESIS", "seeded"))
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

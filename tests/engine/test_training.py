@@ -1,4 +1,4 @@
-import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -10,24 +10,29 @@ import torch
 from hypothesis import given, settings
 from oracles import mlp_gradient, mlp_loss, one_replica, squared_norm
 
-from helpers.engine.training import Schedule, Training, schedule
+from helpers import Dataset, Net, Problem, Training, problems, schedule
+from helpers.engine.order import epoch_order
+from helpers.engine.schedules import Schedule
 from helpers.measure import geometry
-from helpers.problems import data
-from helpers.sweep import sweeps
+from helpers.problems import LOSSES, nets
 
-BLOBS = data.load("blobs", device="cpu")
-DIGITS = data.load("digits", device="cpu")
+BLOBS = problems.load("blobs", device="cpu")
+DIGITS = problems.load("digits", device="cpu")
 
 
 def plane(num_train):
     """A dataset of points in the plane, in two classes."""
     x = torch.randn(num_train, 2, generator=torch.Generator().manual_seed(0))
     y = (x[:, 0] > 0).long()
-    return data.Dataset("plane", x, y, x[:10], y[:10], num_classes=2, fingerprint=str(num_train))
+    return Dataset.of(x, y, x[:10], y[:10], name="plane", device="cpu")
 
 
-def train(dataset=BLOBS, model="brownlee_mlp", **settings):
-    return Training(dataset, model, **settings)
+def train(dataset=BLOBS, model="brownlee_mlp", *, loss="cross_entropy", norm="none", norm_batch_size=None, **settings):
+    options = {"norm": norm, "norm_batch_size": norm_batch_size}
+    net = functools.partial(nets.NETS[model], dataset.input_shape, dataset.num_classes, **options)
+    if dataset.train_inputs.dtype == torch.float64:
+        return Training(Problem(dataset, Net(lambda: net().double()), LOSSES[loss]), **settings)
+    return Training(Problem(dataset, Net(net), LOSSES[loss]), **settings)
 
 
 def minibatch(training, replica=0):
@@ -83,7 +88,7 @@ def test_changing_the_batch_size_neither_skips_nor_repeats_an_example(sizes):
         training.batch_size = sizes[training.steps % len(sizes)]
         seen += training.next_indices()[0].tolist()
         training.step()
-    assert seen == [*data.epoch_order(37, 5, 0).tolist(), *data.epoch_order(37, 5, 1).tolist()]
+    assert seen == [*epoch_order(37, 5, 0).tolist(), *epoch_order(37, 5, 1).tolist()]
 
 
 def test_advance_takes_epochs_or_steps():
@@ -264,7 +269,7 @@ def test_two_runs_are_identical_to_the_bit():
 def test_divergence_is_recorded_at_the_first_step_whose_loss_is_not_finite():
     by_hand = train(batch_size=50, lr=1e3)
     while True:
-        logits = by_hand.model(BLOBS.train_inputs[by_hand.next_indices()])[0]
+        logits = by_hand.stack.kernel(BLOBS.train_inputs[by_hand.next_indices()])[0]
         loss = torch.nn.functional.cross_entropy(logits, BLOBS.train_targets[by_hand.next_indices()[0]])
         if not loss.isfinite():
             break
@@ -280,7 +285,7 @@ def test_divergence_is_recorded_at_the_first_step_whose_loss_is_not_finite():
 def test_a_replica_that_diverges_leaves_the_others_alone(poison):
     stack, single = (train(seeds=seeds, batch_size=50, momentum=0.9) for seeds in ([0, 1], [1]))
     with torch.no_grad():
-        stack.model.layers[0].weight[0] = poison
+        stack.stack.kernel.layers[0].weight[0] = poison
     histories = [training.advance(epochs=2).history.query("seed == 1") for training in (stack, single)]
     assert stack.history.query("seed == 0")["diverged_at"].iloc[-1] <= 1
     assert histories[0]["diverged_at"].isna().all()
@@ -300,7 +305,7 @@ def test_an_epochs_loss_is_averaged_by_examples(batch_size):
 
 def test_evaluate_is_the_explicit_mean_of_losses_and_hits():
     training = train(seeds=[0, 1]).advance(steps=5, record=False)
-    loss, accuracy = training.evaluate(BLOBS.test_inputs, BLOBS.test_targets)
+    loss, accuracy = training.evaluate("test")
     inputs, targets = BLOBS.test_inputs.double().numpy(), BLOBS.test_targets.numpy()
     for replica in range(2):
         w = one_replica(training.weights(), replica)
@@ -310,13 +315,14 @@ def test_evaluate_is_the_explicit_mean_of_losses_and_hits():
         assert accuracy[replica].item() == (predicted == targets).mean()
 
 
-def test_evaluate_counts_every_example_of_a_set_larger_than_a_chunk():
-    dataset = plane(4_500)
+@pytest.mark.parametrize("num_train", [2_500, 4_001])
+def test_evaluate_counts_every_example_of_a_set_larger_than_a_chunk(num_train):
+    dataset = plane(num_train)
     training = train(dataset)
-    whole = training.evaluate(dataset.train_inputs, dataset.train_targets)[0].item()
-    parts = [training.evaluate(dataset.train_inputs[i : i + 1500], dataset.train_targets[i : i + 1500])[0].item()
-             for i in (0, 1500, 3000)]  # fmt: skip
-    assert whole == pytest.approx(np.mean(parts), rel=1e-6)
+    logits = training.stack.outputs(dataset.train_inputs)[0]
+    expected = torch.nn.functional.cross_entropy(logits, dataset.train_targets).item()
+    assert training.evaluate("train")[0].item() == pytest.approx(expected, rel=1e-6)
+    assert num_train > 2 * training.stack.chunk
 
 
 def test_evaluating_does_not_change_the_training():
@@ -374,7 +380,7 @@ def test_a_resumed_training_remembers_which_replica_diverged_and_when():
     first, resumed = (train(seeds=[0, 1], batch_size=50) for _ in range(2))
     first.advance(steps=3)
     with torch.no_grad():
-        first.model.head.weight[0] = math.nan
+        first.stack.kernel.head.weight[0] = math.nan
     first.advance(epochs=0.7).record()
     resumed.resume(first.state(), first.history)
     last = resumed.advance(epochs=1).history.groupby("seed")["diverged_at"].last
@@ -420,13 +426,13 @@ def test_a_bad_lr_is_refused(lr):
     [
         ({"seeds": []}, "no seeds"),
         ({"optimizer": "lion"}, "'lion'.*sgd, adam, adamw"),
-        ({"model": "resnet"}, "unknown model"),
         ({"momentum": 1}, "momentum is 1"),
         ({"momentum": -0.1}, "momentum is -0.1"),
         ({"momentum": math.nan}, "momentum is nan"),
         ({"momentum": 0.9, "optimizer": "adam"}, "with sgd alone"),
-        ({"norm": "layer"}, "unknown norm 'layer'"),
-        ({"norm": "group", "norm_batch_size": 8}, "only norm='batch'"),
+        ({"lr": [0.1, 0.2]}, "lr has 2 rates for 1 replicas; expected one a replica"),
+        ({"clip_norm": 0}, "clip_norm is 0; expected a finite number above 0"),
+        ({"optimizer": 3}, "optimizer is 3; expected one of sgd, adam, adamw, a class or a factory"),
         ({"micro_batch_size": 0}, "micro_batch_size is 0; expected a whole number from 1 to 500"),
         ({"micro_batch_size": 2.5}, "micro_batch_size is 2.5"),
     ],
@@ -437,7 +443,7 @@ def test_settings_that_cannot_be_trained_are_refused(options, message):
 
 
 def test_shens_network_learns_mnist(mnist_root):
-    mnist = data.load("mnist", num_train=3_000, root=mnist_root, device="cpu")
+    mnist = problems.load("mnist", num_train=3_000, root=mnist_root, device="cpu")
     training = train(mnist, "shen_mlp", batch_size=64, measures=geometry.distances).advance(epochs=2)
     assert training.history["test_accuracy"].iloc[-1] > 0.75
     assert training.history["weight_norm"].iloc[0] == pytest.approx(43.95, abs=0.1)
@@ -532,7 +538,7 @@ def test_taking_losses_notes_the_step_of_a_divergence():
     training = train(seeds=[0, 1], batch_size=50).advance(steps=3, record=False)
     assert training.diverged_at.isnan().all()
     with torch.no_grad():
-        training.model.head.weight[1] = math.nan
+        training.stack.kernel.head.weight[1] = math.nan
     training.advance(steps=4, record=False)
     assert training.diverged_at.isnan().all()  # nobody has looked yet
     losses = training.take_losses()[1]
@@ -576,22 +582,11 @@ def test_a_branch_shares_the_examples_and_nothing_else():
     trunk = train(batch_size=60, momentum=0.9).advance(steps=2, record=False)
     branch = trunk.branch()
     assert branch.dataset is trunk.dataset
-    assert not {p.data_ptr() for p in trunk.model.parameters()} & {p.data_ptr() for p in branch.model.parameters()}
+    assert not {p.data_ptr() for p in trunk.stack.kernel.parameters()} & {
+        p.data_ptr() for p in branch.stack.kernel.parameters()
+    }
     trunk.take_losses()
     assert branch.take_losses()[0].tolist() == [60, 60]
-
-
-def test_logits_of_a_set_larger_than_a_chunk_are_the_forward_pass_of_every_example():
-    dataset = plane(2_500)
-    training = train(dataset, seeds=[0, 1], batch_size=50, lr=0.1).advance(steps=3, record=False)
-    logits = training.logits(dataset.train_inputs)
-    assert logits.shape == (2, 2_500, 2)
-    inputs = dataset.train_inputs.double().numpy()
-    for replica in range(2):
-        w = one_replica(training.weights(), replica)
-        hidden = np.maximum(inputs @ w["layers.0.weight"].T + w["layers.0.bias"], 0)
-        expected = hidden @ w["head.weight"].T + w["head.bias"]
-        np.testing.assert_allclose(logits[replica], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_norm_is_of_the_last_steps_minibatch():
@@ -610,24 +605,24 @@ def test_gradient_norm_is_of_the_last_steps_minibatch():
 def watch_sizes(training):
     """A list that grows by the number of examples of each pass in training, by autograd or in closed form."""
     seen = []
-    training.model.register_forward_pre_hook(lambda model, given: seen.extend([given[0].shape[1]] * model.training))
-    if training.model.closed_form:
-        by_hand = training.model.backpropagate
+    training.stack.kernel.register_forward_pre_hook(
+        lambda model, given: seen.extend([given[0].shape[1]] * model.training)
+    )
+    if training.stack.kernel.closed_form:
+        by_hand = training.stack.kernel.backpropagate
 
         def backpropagate(x, *rest):
             seen.append(x.shape[1])
             return by_hand(x, *rest)
 
-        training.model.backpropagate = backpropagate
+        training.stack.kernel.backpropagate = backpropagate
     return seen
 
 
 def train64(dataset=BLOBS, model="brownlee_mlp", **settings):
     """A training in float64."""
-    double = {name: getattr(dataset, name).double() for name in ("train_inputs", "test_inputs")}
-    training = train(dataclasses.replace(dataset, **double), model, **settings)
-    training.model.double()
-    return training
+    double = [t.double() if t.is_floating_point() else t for t in (*dataset.tensors("train"), *dataset.tensors("test"))]
+    return train(type(dataset)(dataset.name, *double), model, **settings)
 
 
 def difference(gradient, reference):
@@ -735,7 +730,7 @@ def test_a_step_uses_batch_statistics_and_an_evaluation_the_running_ones():
         DIGITS.train_targets[training.next_indices()[0]],
     )
     w = {name: t[0] for name, t in training.weights().items()} | {
-        n: b[0].clone() for n, b in training.model.named_buffers()
+        n: b[0].clone() for n, b in training.stack.kernel.named_buffers()
     }
 
     def loss(x, y, training):
@@ -746,7 +741,7 @@ def test_a_step_uses_batch_statistics_and_an_evaluation_the_running_ones():
         return torch.nn.functional.cross_entropy(h @ w["head.weight"].T + w["head.bias"], y).item()
 
     for _ in range(2):  # evaluating leaves the running statistics alone
-        evaluated = training.evaluate(DIGITS.test_inputs.double(), DIGITS.test_targets)[0].item()
+        evaluated = training.evaluate("test")[0].item()
         assert evaluated == pytest.approx(
             loss(DIGITS.test_inputs.double().flatten(1), DIGITS.test_targets, False), rel=1e-10
         )
@@ -766,7 +761,7 @@ def test_running_statistics_move_once_a_step(options):
     mean = sum(part.mean(0) * len(part) for part in h.split(sizes)) / 48
     var = sum(part.var(0) * len(part) for part in h.split(sizes)) / 48
     training.step()
-    buffers = dict(training.model.named_buffers())
+    buffers = dict(training.stack.kernel.named_buffers())
     torch.testing.assert_close(buffers["norms.0.running_mean"][0], 0.1 * mean)
     torch.testing.assert_close(buffers["norms.0.running_var"][0], 0.9 + 0.1 * var)
 
@@ -788,28 +783,6 @@ def test_a_branch_and_a_resumed_training_have_the_running_statistics():
     assert not {"norms.0.running_mean"} & set(through.weights())
 
 
-def test_sweeps_train_with_a_normalisation_and_keep_its_running_statistics():
-    base = dict(dataset="digits", num_train=300, model="brownlee_mlp", epochs=2, norm="batch")  # noqa: C408
-    frame = sweeps.run(sweeps.grid(base, norm_batch_size=[None, 5]), [3], snapshots=[1], jobs=1)
-    digits = data.load("digits", num_train=300, device="cpu")
-    for size, group in zip((None, 5), (frame[frame["norm_batch_size"].isna()], frame[frame["norm_batch_size"] == 5])):
-        history = train(digits, seeds=[3], norm="batch", norm_batch_size=size).advance(epochs=2).history
-        np.testing.assert_allclose(group["test_loss"], history["test_loss"], rtol=1e-5)
-    assert frame["norm"].unique().tolist() == ["batch"] and frame["test_loss"].nunique() == 5  # the starts agree
-    state = train(digits, seeds=[3], norm="batch").advance(epochs=1).model.state_dict()
-    (kept,) = sweeps.weights(base, [3], 1)
-    assert kept.keys() == state.keys()
-    for name, value in state.items():  # a sweep computes with one thread
-        torch.testing.assert_close(kept[name], value, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_a_sweep_refuses_a_normalisation_that_cannot_be_and_protocols_refuse_any():
-    with pytest.raises(ValueError, match="unknown norm 'layer'"):
-        sweeps.run([{"dataset": "digits", "norm": "layer"}], 1)
-    with pytest.raises(ValueError, match="without normalisation"):
-        sweeps.measure("frozen", [{"dataset": "digits", "norm": "group"}], 1, epochs=[1], batch_sizes=[4])
-
-
 # When memory does not suffice
 
 
@@ -821,16 +794,16 @@ def fail_above(training, limit, message="DefaultCPUAllocator: can't allocate mem
         if seen[-1] > limit:
             raise RuntimeError(message)
 
-    next(training.model.layers[0].parameters()).register_hook(backward)
-    if training.model.closed_form:
-        by_hand = training.model.backpropagate
+    next(training.stack.kernel.layers[0].parameters()).register_hook(backward)
+    if training.stack.kernel.closed_form:
+        by_hand = training.stack.kernel.backpropagate
 
         def backpropagate(*given):
             found = by_hand(*given)
             backward(found)
             return found
 
-        training.model.backpropagate = backpropagate
+        training.stack.kernel.backpropagate = backpropagate
     return training, seen
 
 
@@ -879,13 +852,12 @@ def test_an_error_that_is_not_of_memory_is_not_hidden():
 LITTLE_MEMORY = """
 import resource, warnings
 import torch
-from helpers.problems import data
-from helpers.engine.training import Training
+from helpers import Training, problems
 
 torch.set_num_threads(1)
-digits = data.load("digits", device="cpu")
+problem = problems.named("digits", "plain_cnn", device="cpu")
 settings = dict(batch_size=1297, lr=0.1)
-training = Training(digits, "plain_cnn", **settings)
+training = Training(problem, **settings)
 small = training.branch()
 small.micro_batch_size = 8
 small.step()  # what is loaded and built once
@@ -897,7 +869,7 @@ with warnings.catch_warnings(record=True) as caught:
     training.step()
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 training.advance(steps=2, record=False)
-given = Training(digits, "plain_cnn", micro_batch_size=training.micro_batch_size, **settings)
+given = Training(problem, micro_batch_size=training.micro_batch_size, **settings)
 given.advance(steps=3, record=False)
 assert 1 <= training.micro_batch_size < 1297, training.micro_batch_size
 assert caught and all("do not fit in memory" in str(w.message) for w in caught)
@@ -907,6 +879,7 @@ print("micro-batches of", training.micro_batch_size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_training_goes_on_when_the_process_really_runs_out_of_memory():
     done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, timeout=120)

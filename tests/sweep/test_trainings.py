@@ -7,13 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers.engine.training import Training, schedule
+from helpers import Solution, Training, problems, schedule, sweep
 from helpers.measure import gradients, landscape
-from helpers.problems import data
-from helpers.sweep import sweeps
+from helpers.sweep import jobs as jobs_module
+from helpers.sweep import settings as settings_module
+from helpers.sweep import trainings
 from helpers.sweep.store import Store, key_of
 
 BLOBS = {"dataset": "blobs", "model": "brownlee_mlp", "batch_size": 100, "lr": 0.05, "epochs": 2}
+BLOBS_PROBLEM = problems.named("blobs", "brownlee_mlp", device="cpu")
 STEPS = {**BLOBS, "steps": 40, "record_steps": tuple(range(0, 40, 4))}
 SHEN = {"dataset": "digits", "num_train": 100, "model": "shen_mlp", "batch_size": 50, "epochs": 1}
 
@@ -21,13 +23,13 @@ SHEN = {"dataset": "digits", "num_train": 100, "model": "shen_mlp", "batch_size"
 @pytest.fixture
 def trained(monkeypatch):
     """Each job's settings, seeds, and whether it went on from a trunk, as the jobs run."""
-    real, jobs = sweeps._train, []
+    real, jobs = trainings._train, []
 
     def spy(s, seeds, snapshots, branch_at, trunk):
         jobs.append((s, list(seeds), trunk is not None))
         return real(s, seeds, snapshots, branch_at, trunk)
 
-    monkeypatch.setattr(sweeps, "_train", spy)
+    monkeypatch.setattr(trainings, "_train", spy)
     return jobs
 
 
@@ -56,15 +58,15 @@ def stored(store=None):
 
 def test_a_grid_varies_lists_and_sets_the_rest():
     betas = (0.9, 0.99)
-    grid = sweeps.grid({"lr": 0.5, "model": "shen_mlp"}, batch_size=[8, 16], lr=[0.1, 0.2], betas=betas)
+    grid = sweep.grid({"lr": 0.5, "model": "shen_mlp"}, batch_size=[8, 16], lr=[0.1, 0.2], betas=betas)
     assert [(s["batch_size"], s["lr"]) for s in grid] == [(8, 0.1), (8, 0.2), (16, 0.1), (16, 0.2)]
     assert all(s["model"] == "shen_mlp" and s["betas"] == betas for s in grid)
-    assert sweeps.grid(lr=0.1) == [{"lr": 0.1}]
+    assert sweep.grid(lr=0.1) == [{"lr": 0.1}]
 
 
 def test_the_frame_is_tidy():
     switch = schedule({0: 100, 1: 25})
-    frame = sweeps.run(sweeps.grid(BLOBS, batch_size=[50, switch], lr=[0.05, 0.1]), [0, 3])
+    frame = sweep.run(sweep.grid(BLOBS, batch_size=[50, switch], lr=[0.05, 0.1]), [0, 3])
     assert len(frame) == 4 * 2 * 3
     runs = frame.groupby(["batch_size", "lr", "seed"])
     assert len(runs) == 8
@@ -79,23 +81,22 @@ def test_the_frame_is_tidy():
 
 
 def test_a_sweep_is_training_and_nothing_else():
-    frame = sweeps.run([BLOBS | {"momentum": 0.9}], 3)
-    dataset = data.load("blobs")
-    training = Training(dataset, "brownlee_mlp", seeds=range(3), batch_size=100, lr=0.05, momentum=0.9)
+    frame = sweep.run([BLOBS | {"momentum": 0.9}], 3)
+    training = Training(BLOBS_PROBLEM, seeds=range(3), batch_size=100, lr=0.05, momentum=0.9)
     history = training.advance(epochs=2).history
     for column in ("train_loss", "test_loss", "test_accuracy", "minibatch_loss"):
         np.testing.assert_allclose(frame[column], history[column], rtol=1e-5)
 
 
 def test_more_records_where_asked():
-    frame = sweeps.run([BLOBS | {"record_steps": (1, 7)}], 1)
+    frame = sweep.run([BLOBS | {"record_steps": (1, 7)}], 1)
     assert frame["steps"].tolist() == [0, 1, 5, 7, 10]
 
 
 def test_epochs_are_recorded_every_so_many_and_at_the_end():
-    every = sweeps.run([BLOBS | {"epochs": 5}], 1)
+    every = sweep.run([BLOBS | {"epochs": 5}], 1)
     for record_every, epochs in ((2, [0, 2, 4, 5]), (10**6, [0, 5])):
-        frame = sweeps.run([BLOBS | {"epochs": 5, "record_every": record_every}], 1)
+        frame = sweep.run([BLOBS | {"epochs": 5, "record_every": record_every}], 1)
         assert frame["epochs"].tolist() == epochs
         same = every[every["epochs"].isin(epochs)]
         assert frame["test_loss"].tolist() == same["test_loss"].tolist()
@@ -104,39 +105,39 @@ def test_epochs_are_recorded_every_so_many_and_at_the_end():
 
 @pytest.mark.parametrize("record_steps", [(), (3, 5, 7, 99, 0)])
 def test_a_run_of_steps_is_recorded_at_its_beginning_its_end_and_where_asked(record_steps):
-    frame = sweeps.run([BLOBS | {"steps": 12, "record_steps": record_steps}], 1)
+    frame = sweep.run([BLOBS | {"steps": 12, "record_steps": record_steps}], 1)
     expected = [0, 3, 5, 7, 12] if record_steps else [0, 12]
     assert frame["steps"].tolist() == expected
     assert frame["epochs"].tolist() == [step / 5 for step in expected]
-    training = Training(data.load("blobs", device="cpu"), "brownlee_mlp", seeds=[0], batch_size=100, lr=0.05)
+    training = Training(BLOBS_PROBLEM, seeds=[0], batch_size=100, lr=0.05)
     for step, test_loss in zip(expected, frame["test_loss"]):
         training.advance(steps=step - training.steps, record=False).record()
         assert test_loss == pytest.approx(training.history["test_loss"].iloc[-1], rel=1e-5)
 
 
 def test_a_target_ends_a_run_at_the_first_record_that_reaches_it():
-    whole = sweeps.run([STEPS], 1)
+    whole = sweep.run([STEPS], 1)
     goal = whole["test_accuracy"].iloc[1:-1].max()
     first = int((whole["test_accuracy"] >= goal).idxmax())
     assert 0 < first < len(whole) - 1
-    ended = sweeps.run([STEPS | {"target": ("test_accuracy", goal)}], 1)
+    ended = sweep.run([STEPS | {"target": ("test_accuracy", goal)}], 1)
     assert ended["steps"].tolist() == whole["steps"].tolist()[: first + 1]
     assert ended["test_loss"].tolist() == whole["test_loss"].tolist()[: first + 1]
-    hits = sweeps.to_target(ended, "test_accuracy", goal, axis="steps")
+    hits = sweep.to_target(ended, "test_accuracy", goal, axis="steps")
     assert hits[["steps", "reached"]].values.tolist() == [[whole["steps"][first], True]]
 
 
 @pytest.mark.parametrize("goal", [0.5, 0.6, 2.0])
 def test_a_target_does_not_change_where_a_run_first_reaches_it(goal):
     at = ("test_accuracy", goal)
-    whole, ended = sweeps.run([STEPS], 4), sweeps.run([STEPS | {"target": at}], 4)
-    hits = [sweeps.to_target(frame, *at, axis="steps") for frame in (whole, ended)]
+    whole, ended = sweep.run([STEPS], 4), sweep.run([STEPS | {"target": at}], 4)
+    hits = [sweep.to_target(frame, *at, axis="steps") for frame in (whole, ended)]
     pd.testing.assert_frame_equal(*hits)
     assert hits[0]["reached"].all() == (len(ended) < len(whole)) == (goal < 2)
 
 
 def test_divergence_ends_a_run_of_steps():
-    frame = sweeps.run([STEPS | {"lr": 1e3}], 2)
+    frame = sweep.run([STEPS | {"lr": 1e3}], 2)
     diverged = frame["diverged_at"].notna().groupby(frame["steps"]).all()
     assert diverged.tolist() == [False] * (len(diverged) - 1) + [True]  # at its end, and not before
     assert 1 < len(diverged) < len(STEPS["record_steps"])
@@ -144,20 +145,21 @@ def test_divergence_ends_a_run_of_steps():
 
 def test_settings_given_as_a_mapping_are_labelled_by_its_keys():
     settings = {("small", 1): BLOBS, "large": BLOBS | {"batch_size": 250}}
-    frame = sweeps.run(settings, 2)
+    frame = sweep.run(settings, 2)
     assert [label for label, _ in itertools.groupby(frame["label"])] == [("small", 1), "large"]
     sizes = {label: set(group["batch_size"]) for label, group in frame.groupby("label", sort=False)}
     assert sizes == {("small", 1): {100}, "large": {250}}
-    assert_same(frame.drop(columns="label"), sweeps.run(list(settings.values()), 2))
+    assert_same(frame.drop(columns="label"), sweep.run(list(settings.values()), 2))
 
 
 @pytest.mark.parametrize(
     "options", [{"loss": "squared", "lr": 0.002}, {"norm": "batch", "norm_batch_size": 25}, {"norm": "group"}]
 )
 def test_loss_and_norm_are_the_trainings(options):
-    frame = sweeps.run([BLOBS | options], 2)
-    blobs = data.load("blobs", device="cpu")
-    training = Training(blobs, "brownlee_mlp", seeds=range(2), **{"batch_size": 100, "lr": 0.05, **options})
+    frame = sweep.run([BLOBS | options], 2)
+    of_problem = {k: v for k, v in options.items() if k != "lr"}
+    problem = problems.named("blobs", "brownlee_mlp", device="cpu", **of_problem)
+    training = Training(problem, seeds=range(2), batch_size=100, lr=options.get("lr", 0.05))
     history = training.advance(epochs=2).history
     for column in ("train_loss", "test_loss", "minibatch_loss"):
         np.testing.assert_allclose(frame[column], history[column], rtol=1e-4)
@@ -169,37 +171,37 @@ def test_loss_and_norm_are_the_trainings(options):
 
 
 def test_results_are_the_same_to_the_bit_in_one_process_and_in_two(tmp_path, monkeypatch):
-    real, here = sweeps._one_thread, []
-    monkeypatch.setattr(sweeps, "_one_thread", lambda: here.append(1) or real())
-    monkeypatch.setattr(sweeps, "_WORTH_WORKERS", 0.0)
-    settings = [*sweeps.grid(BLOBS, batch_size=[50, 100]), SHEN]
-    one = sweeps.run(settings, 2, jobs=1, store=Store(tmp_path / "a"))
-    again = sweeps.run(settings, 2, jobs=1, store=Store(tmp_path / "b"))
+    real, here = jobs_module._one_thread, []
+    monkeypatch.setattr(jobs_module, "_one_thread", lambda: here.append(1) or real())
+    monkeypatch.setattr(jobs_module, "_WORTH_WORKERS", 0.0)
+    settings = [*sweep.grid(BLOBS, batch_size=[50, 100]), SHEN]
+    one = sweep.run(settings, 2, jobs=1, store=Store(tmp_path / "a"))
+    again = sweep.run(settings, 2, jobs=1, store=Store(tmp_path / "b"))
     assert here
     here.clear()
-    two = sweeps.run(settings, 2, jobs=2, store=Store(tmp_path / "c"))
+    two = sweep.run(settings, 2, jobs=2, store=Store(tmp_path / "c"))
     assert not here  # the jobs ran elsewhere
     assert_same(one, again)
     assert_same(one, two)
 
 
 def test_what_the_store_has_is_not_computed_again(monkeypatch):
-    settings = sweeps.grid(BLOBS, batch_size=[50, 100])
-    first = sweeps.run(settings, 2)
-    monkeypatch.setattr(sweeps, "_train", not_again)
-    second = sweeps.run([s | {"batch_size": float(s["batch_size"])} for s in settings], [0, 1])
+    settings = sweep.grid(BLOBS, batch_size=[50, 100])
+    first = sweep.run(settings, 2)
+    monkeypatch.setattr(trainings, "_train", not_again)
+    second = sweep.run([s | {"batch_size": float(s["batch_size"])} for s in settings], [0, 1])
     assert_same(first, second.astype({"batch_size": int}))
 
 
 def test_runs_of_steps_and_to_a_target_are_not_computed_again(monkeypatch):
     settings = [STEPS, STEPS | {"target": ("test_accuracy", 0.5)}, BLOBS | {"record_every": 2}]
-    first = sweeps.run(settings, 2)
-    monkeypatch.setattr(sweeps, "_train", not_again)
-    assert_same(first, sweeps.run(settings, 2))
+    first = sweep.run(settings, 2)
+    monkeypatch.setattr(trainings, "_train", not_again)
+    assert_same(first, sweep.run(settings, 2))
 
 
 def test_one_setting_said_in_two_ways_is_one_run():
-    frame = sweeps.run([BLOBS, BLOBS | {"lr": 0.05, "num_train": 500, "batch_size": 100.0}], 1)
+    frame = sweep.run([BLOBS, BLOBS | {"lr": 0.05, "num_train": 500, "batch_size": 100.0}], 1)
     assert frame["run"].nunique() == len(stored()) == 1
 
 
@@ -211,32 +213,32 @@ def test_each_setting_is_part_of_the_key():
         {"loss": "squared"}, {"norm": "batch"}, {"norm": "batch", "norm_batch_size": 25}, {"norm": "group"},
         {"record_every": 2}, {"steps": 4}, {"steps": 4, "target": ("test_accuracy", 0.9)},
     ]  # fmt: skip
-    frame = sweeps.run([BLOBS | change for change in changes], 1)
+    frame = sweep.run([BLOBS | change for change in changes], 1)
     assert frame["run"].nunique() == len(changes) == len(stored())
 
 
 def test_more_seeds_of_a_large_network_compute_only_the_new_ones(trained):
-    two = sweeps.run([SHEN], 2)
+    two = sweep.run([SHEN], 2)
     trained.clear()
-    four = sweeps.run([SHEN], 4)
+    four = sweep.run([SHEN], 4)
     assert seeds_of(trained) == [2, 3]
     assert_same(two, four.query("seed < 2"))
 
 
 def test_asking_for_snapshots_of_a_run_stored_without_them_trains_it_again(trained):
-    without = sweeps.run([BLOBS], 1)
-    with_snapshots = sweeps.run([BLOBS], 1, snapshots=[0, 2])
+    without = sweep.run([BLOBS], 1)
+    with_snapshots = sweep.run([BLOBS], 1, snapshots=[0, 2])
     assert len(trained) == 2
     assert_same(without, with_snapshots)
     names = {name.split("/")[0] for name in Store().arrays(with_snapshots["run"].iloc[0])}
     assert names == {"0", "2"}
-    sweeps.run([BLOBS], 1, snapshots=[2])
+    sweep.run([BLOBS], 1, snapshots=[2])
     assert len(trained) == 2
 
 
 def test_snapshots_are_the_weights_after_that_epoch():
-    key = sweeps.run([BLOBS], [4], snapshots=[0, 1])["run"].iloc[0]
-    training = Training(data.load("blobs", device="cpu"), "brownlee_mlp", seeds=[4], batch_size=100, lr=0.05)
+    key = sweep.run([BLOBS], [4], snapshots=[0, 1])["run"].iloc[0]
+    training = Training(BLOBS_PROBLEM, seeds=[4], batch_size=100, lr=0.05)
     arrays = Store().arrays(key)
     for epoch in (0, 1):
         for name, w in training.weights().items():
@@ -246,34 +248,34 @@ def test_snapshots_are_the_weights_after_that_epoch():
 
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_weights_are_the_trainings_after_that_epoch_one_dict_a_seed(monkeypatch, epoch):
-    kept = sweeps.weights(BLOBS, [4, 1], epoch)
-    training = Training(data.load("blobs", device="cpu"), "brownlee_mlp", seeds=[4, 1], batch_size=100, lr=0.05)
+    kept = sweep.weights(BLOBS, [4, 1], epoch)
+    training = Training(BLOBS_PROBLEM, seeds=[4, 1], batch_size=100, lr=0.05)
     expected = training.advance(epochs=epoch).weights() if epoch else training.weights()
     assert len(kept) == 2
     for replica, one in enumerate(kept):
-        assert one.keys() == expected.keys()
-        for name, w in one.items():
+        assert one.weights.keys() == expected.keys() and one.problem.names["model"] == "brownlee_mlp"
+        for name, w in one.weights.items():
             np.testing.assert_allclose(w, expected[name][replica : replica + 1], rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr(sweeps, "_train", not_again)
-    again = sweeps.weights(BLOBS, [4, 1], epoch)
-    assert all(torch.equal(w, b[name]) for a, b in zip(kept, again) for name, w in a.items())
+    monkeypatch.setattr(trainings, "_train", not_again)
+    again = sweep.weights(BLOBS, [4, 1], epoch)
+    assert all(torch.equal(w, b.weights[name]) for a, b in zip(kept, again) for name, w in a.weights.items())
 
 
 def test_an_interrupted_sweep_keeps_the_finished_jobs(monkeypatch, trained):
-    settings, spy = sweeps.grid(BLOBS, lr=[0.1, 0.2, 0.3]), sweeps._train
+    settings, spy = sweep.grid(BLOBS, lr=[0.1, 0.2, 0.3]), trainings._train
 
     def interrupted(*arguments):
         if len(trained) == 2:
             raise KeyboardInterrupt
         return spy(*arguments)
 
-    monkeypatch.setattr(sweeps, "_train", interrupted)
+    monkeypatch.setattr(trainings, "_train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweeps.run(settings, 1)
+        sweep.run(settings, 1)
     assert len(stored()) == 2
     assert all(Store().has(key) for key in stored())
-    monkeypatch.setattr(sweeps, "_train", spy)
-    sweeps.run(settings, 1)
+    monkeypatch.setattr(trainings, "_train", spy)
+    sweep.run(settings, 1)
     assert [s["lr"] for s, _, _ in trained] == [0.1, 0.2, 0.3]
 
 
@@ -288,40 +290,40 @@ def test_an_interrupted_sweep_keeps_the_finished_jobs(monkeypatch, trained):
 def test_branches_equal_runs_trained_straight_through_to_the_bit(tmp_path, trained, options):
     base = BLOBS | {"epochs": 4, **options}
     settings = [base, base | {"batch_size": schedule({0: 100, 2: 30})}]
-    branched = sweeps.run(settings, 2, branch_at=2)
+    branched = sweep.run(settings, 2, branch_at=2)
     assert [(s["epochs"], on_trunk) for s, _, on_trunk in trained] == [(2, False), (4, True), (4, True)]
-    straight = sweeps.run(settings, 2, store=Store(tmp_path / "straight"))
+    straight = sweep.run(settings, 2, store=Store(tmp_path / "straight"))
     assert_same(branched, straight)
 
 
 def test_a_finished_branch_is_not_computed_again(monkeypatch):
     settings = [BLOBS | {"epochs": 3, "lr": schedule({0: 0.05, 1: 0.1})}]
-    first = sweeps.run(settings, 1, branch_at=1)
-    monkeypatch.setattr(sweeps, "_train", not_again)
-    assert_same(first, sweeps.run(settings, 1, branch_at=1))
+    first = sweep.run(settings, 1, branch_at=1)
+    monkeypatch.setattr(trainings, "_train", not_again)
+    assert_same(first, sweep.run(settings, 1, branch_at=1))
 
 
 def test_a_run_that_ends_before_the_branch_is_not_computed_again(monkeypatch):
-    first = sweeps.run([BLOBS], 1, branch_at=3)
-    monkeypatch.setattr(sweeps, "_train", not_again)
-    assert_same(first, sweeps.run([BLOBS], 1, branch_at=3))
+    first = sweep.run([BLOBS], 1, branch_at=3)
+    monkeypatch.setattr(trainings, "_train", not_again)
+    assert_same(first, sweep.run([BLOBS], 1, branch_at=3))
 
 
 def test_snapshots_from_before_the_branch_are_kept_too():
-    key = sweeps.run([BLOBS | {"epochs": 3}], 1, snapshots=[0, 1, 3], branch_at=2)["run"].iloc[0]
+    key = sweep.run([BLOBS | {"epochs": 3}], 1, snapshots=[0, 1, 3], branch_at=2)["run"].iloc[0]
     assert Store().has(key, [f"{epoch}/weights/head.weight" for epoch in (0, 1, 3)])
 
 
 @pytest.mark.parametrize("record_every", [2, 4])
 def test_a_branch_does_not_change_what_is_recorded(tmp_path, record_every):
     settings = [BLOBS | {"epochs": 8, "record_every": record_every}]
-    branched = sweeps.run(settings, 1, branch_at=4)
-    assert_same(branched, sweeps.run(settings, 1, store=Store(tmp_path / "straight")))
+    branched = sweep.run(settings, 1, branch_at=4)
+    assert_same(branched, sweep.run(settings, 1, store=Store(tmp_path / "straight")))
 
 
 def test_a_branch_where_nothing_would_be_recorded_is_refused():
     with pytest.raises(ValueError, match="branch_at is 2; expected a multiple of record_every"):
-        sweeps.run([BLOBS | {"epochs": 4, "record_every": 4}], 1, branch_at=2)
+        sweep.run([BLOBS | {"epochs": 4, "record_every": 4}], 1, branch_at=2)
     assert stored() == []
 
 
@@ -336,10 +338,10 @@ def test_jobs_are_those_asked_for_else_of_companion_jobs(monkeypatch, given, var
         asked.append((backend, n_jobs))
         return real("sequential")
 
-    monkeypatch.setattr(sweeps, "_WORTH_WORKERS", 0.0)
+    monkeypatch.setattr(jobs_module, "_WORTH_WORKERS", 0.0)
     monkeypatch.setattr(joblib, "parallel_config", spy)
     monkeypatch.setenv("COMPANION_JOBS", variable)
-    sweeps.run(sweeps.grid(BLOBS, lr=[0.1, 0.2, 0.3, 0.4]), 1, jobs=given)
+    sweep.run(sweep.grid(BLOBS, lr=[0.1, 0.2, 0.3, 0.4]), 1, jobs=given)
     assert asked == [("sequential", 1) if expected == 1 else ("loky", expected)]
 
 
@@ -347,7 +349,7 @@ def test_torchs_threads_are_as_before():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        sweeps.run([BLOBS], 1)
+        sweep.run([BLOBS], 1)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -387,34 +389,34 @@ def test_torchs_threads_are_as_before():
 )
 def test_settings_that_cannot_be_trained_are_refused_before_anything_starts(change, message):
     with pytest.raises(ValueError, match=message):
-        sweeps.run([BLOBS, BLOBS | change], 1)
+        sweep.run([BLOBS, BLOBS | change], 1)
     assert stored() == []
 
 
 @pytest.mark.parametrize("options", [{"snapshots": [1]}, {"branch_at": 1}, {"branch_at": 0}])
 def test_snapshots_and_branches_of_a_run_given_by_steps_are_refused(options):
     with pytest.raises(ValueError, match="snapshots and branches are at epochs"):
-        sweeps.run([BLOBS, STEPS], 1, **options)
+        sweep.run([BLOBS, STEPS], 1, **options)
     assert stored() == []
 
 
 @pytest.mark.parametrize("seeds", [0, [], [1, 1], [-1]])
 def test_impossible_seeds_are_refused(seeds):
     with pytest.raises(ValueError, match="expected a number of seeds, at least 1, or distinct seeds"):
-        sweeps.run([BLOBS], seeds)
+        sweep.run([BLOBS], seeds)
     assert stored() == []
 
 
 def test_divergence_is_a_result(trained):
-    settings = sweeps.grid(BLOBS, batch_size=50, lr=[0.05, 1e3])
-    frame = sweeps.run(settings, 2)
+    settings = sweep.grid(BLOBS, batch_size=50, lr=[0.05, 1e3])
+    frame = sweep.run(settings, 2)
     bad, good = frame.query("lr == 1000"), frame.query("lr == 0.05")
     assert len(bad) == len(good) == 6
     assert bad.query("epochs == 2")["diverged_at"].between(1, 10).all()
     assert bad.query("epochs == 2")["test_loss"].isna().all()
     assert good["diverged_at"].isna().all()
     assert good["test_loss"].notna().all()
-    assert_same(frame, sweeps.run(settings, 2))
+    assert_same(frame, sweep.run(settings, 2))
     assert len(trained) == 2  # and one that is kept
 
 
@@ -424,75 +426,74 @@ def test_divergence_is_a_result(trained):
 @pytest.mark.parametrize("protocol", ["walk", "frozen"])
 def test_measure_applies_a_protocol_to_the_weights_after_each_epoch(monkeypatch, protocol):
     options = {"batch_sizes": [4, 32], "trials": 12, "draw_size": 32}
-    frame = sweeps.measure(protocol, [BLOBS], [1, 5], epochs=[0, 2], **options)
+    frame = sweep.measure(protocol, [BLOBS], [1, 5], epochs=[0, 2], **options)
     assert len(frame) == 2 * 2 * 2 * 12
     assert set(frame["protocol"]) == {protocol}
     assert set(frame["batch_size"]) == {100}  # of the training
-    blobs = data.load("blobs", device="cpu")
-    training = Training(blobs, "brownlee_mlp", seeds=[1, 5], batch_size=100, lr=0.05)
+    training = Training(BLOBS_PROBLEM, seeds=[1, 5], batch_size=100, lr=0.05)
     for epoch in (0, 2):
         after = frame[frame["epoch"] == epoch].sort_values(["trial", "measured_batch_size"])
         for replica, seed in enumerate((1, 5)):
             weights = {name: w[replica : replica + 1] for name, w in training.weights().items()}
+            solution = Solution(BLOBS_PROBLEM, weights)
             function = getattr(gradients, protocol)
-            direct = function(blobs, "brownlee_mlp", weights, seed=seed, **options | {"trials": range(12)})
+            direct = function(solution, seed=seed, **options | {"trials": range(12)})
             direct, mine = direct.sort_values(["trial", "batch_size"]), after[after["seed"] == seed]
             assert mine["trial"].tolist() == direct["trial"].tolist()
             assert mine["measured_batch_size"].tolist() == direct["batch_size"].tolist()
             np.testing.assert_allclose(mine["gradient_norm"], direct["gradient_norm"], rtol=1e-4)
         training.advance(epochs=2)
-    monkeypatch.setattr(sweeps, "_measure", not_again)
-    again = sweeps.measure(protocol, [BLOBS], [1, 5], epochs=[0, 2], **options)
+    monkeypatch.setattr(trainings, "_measure", not_again)
+    again = sweep.measure(protocol, [BLOBS], [1, 5], epochs=[0, 2], **options)
     pd.testing.assert_frame_equal(frame, again)
 
 
 @pytest.mark.parametrize(
     ("protocol", "options"),
     [
-        ("spectrum", {"examples": 60, "count": 2, "loss": "squared"}),
+        ("spectrum", {"examples": 60, "count": 2}),
         ("boxes", {"examples": 60, "epsilons": [1e-3], "dimensions": [None, 5]}),
         ("staleness", {"batch_size": 8, "counts": [1, 4], "base_rates": [1e-3]}),
     ],
 )
 def test_measure_gives_the_protocols_frame_for_each_seed_and_epoch(monkeypatch, protocol, options):
-    settings = sweeps.grid(BLOBS, lr=[0.05, 0.01])
-    frame = sweeps.measure(protocol, settings, [1, 5], epochs=[0, 2], **options)
-    blobs = data.load("blobs", device="cpu")
+    settings = sweep.grid(BLOBS, lr=[0.05, 0.01])
+    frame = sweep.measure(protocol, settings, [1, 5], epochs=[0, 2], **options)
     function = getattr(gradients if protocol == "staleness" else landscape, protocol)
     assert len(frame) == 2 * 2 * 2 * 2 and set(frame["protocol"]) == {protocol}
     for s, epoch in itertools.product(settings, (0, 2)):
-        for seed, weights in zip((1, 5), sweeps.weights(s, [1, 5], epoch)):
-            direct = function(blobs, "brownlee_mlp", weights, seed=seed, **options)
+        for seed, solution in zip((1, 5), sweep.weights(s, [1, 5], epoch)):
+            direct = function(solution, seed=seed, **options)
             mine = frame[(frame["lr"] == s["lr"]) & (frame["epoch"] == epoch) & (frame["seed"] == seed)]
             np.testing.assert_allclose(mine[list(direct)].astype(float), direct.astype(float), rtol=1e-3)
-    monkeypatch.setattr(sweeps, "_measure", not_again)
+    monkeypatch.setattr(trainings, "_measure", not_again)
     pd.testing.assert_frame_equal(
-        frame, sweeps.measure(protocol, settings, [1, 5], epochs=[0, 2], **options), check_exact=True
+        frame, sweep.measure(protocol, settings, [1, 5], epochs=[0, 2], **options), check_exact=True
     )
 
 
 def test_an_unknown_protocol_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"unknown protocol 'hessian'; choose one of: walk, frozen, .*spectrum, boxes"):
-        sweeps.measure("hessian", [BLOBS], 1, epochs=[0])
+        sweep.measure("hessian", [BLOBS], 1, epochs=[0])
     assert stored() == []
 
 
 def test_measuring_a_network_with_normalisation_is_refused():
     with pytest.raises(ValueError, match="networks without normalisation"):
-        sweeps.measure("spectrum", [BLOBS, BLOBS | {"norm": "batch"}], 1, epochs=[0])
+        sweep.measure("spectrum", [BLOBS, BLOBS | {"norm": "batch"}], 1, epochs=[0])
     assert stored() == []
 
 
 @pytest.mark.parametrize("epoch", [3, -1])
 def test_measuring_after_an_epoch_that_is_not_trained_is_refused(epoch):
     with pytest.raises(ValueError, match=f"epoch {epoch} is not within a training of 2 epochs"):
-        sweeps.measure("frozen", [BLOBS], 1, epochs=[0, epoch], batch_sizes=[4], trials=1)
+        sweep.measure("frozen", [BLOBS], 1, epochs=[0, epoch], batch_sizes=[4], trials=1)
     assert stored() == []
 
 
 def test_measuring_a_batch_larger_than_the_draw_is_refused_before_anything_starts():
     with pytest.raises(ValueError, match="batch_size is 33"):
-        sweeps.measure("walk", [BLOBS], 1, epochs=[0], batch_sizes=[4, 33], trials=1, draw_size=32)
+        sweep.measure("walk", [BLOBS], 1, epochs=[0], batch_sizes=[4, 33], trials=1, draw_size=32)
     assert stored() == []
 
 
@@ -501,22 +502,22 @@ def test_to_target_is_where_a_run_first_reaches_it():
         "batch_size": [8] * 4 + [64] * 4, "lr": 0.1, "seed": 0, "epochs": [0, 1, 2, 3] * 2, "steps": [0, 5, 10, 15] * 2,
         "test_accuracy": [0.1, 0.8, 0.7, 0.9, 0.1, 0.2, 0.3, 0.4],
     })  # fmt: skip
-    hits = sweeps.to_target(frame, "test_accuracy", 0.8).set_index("batch_size")
+    hits = sweep.to_target(frame, "test_accuracy", 0.8).set_index("batch_size")
     assert hits.loc[8, ["epochs", "reached"]].tolist() == [1, True]
     assert hits.loc[64, ["epochs", "reached"]].tolist() == [3, False]
-    assert sweeps.to_target(frame, "test_accuracy", 0.8, axis="steps")["steps"].tolist() == [5, 15]
+    assert sweep.to_target(frame, "test_accuracy", 0.8, axis="steps")["steps"].tolist() == [5, 15]
 
 
 def test_the_key_is_that_of_what_the_entry_says_it_is():
-    frame = sweeps.run([BLOBS], 1)
-    checked = sweeps._checked(BLOBS)
-    assert frame["run"].iloc[0] == key_of(sweeps._content(checked, 0, [0]))
+    frame = sweep.run([BLOBS], 1)
+    checked = settings_module.checked(BLOBS)
+    assert frame["run"].iloc[0] == key_of(settings_module.content(checked, 0, [0]))
     assert stored() == [frame["run"].iloc[0]]
 
 
 def test_each_seed_of_a_stack_ends_where_it_would_end_alone(tmp_path):
     s = {"dataset": "blobs", "model": "brownlee_mlp", "steps": 60, "record_steps": range(1, 60), "lr": 0.02}
-    together = sweeps.run([dict(s, target=("test_accuracy", 0.7))], 4, store=Store(tmp_path))
+    together = sweep.run([dict(s, target=("test_accuracy", 0.7))], 4, store=Store(tmp_path))
     ends = together.groupby("seed").steps.max()
     assert ends.nunique() > 1
     for seed, one in together.groupby("seed"):
@@ -527,7 +528,7 @@ def test_each_seed_of_a_stack_ends_where_it_would_end_alone(tmp_path):
 @pytest.mark.parametrize("target", [("test_loss", 0.1), ("test_accuracy",), "test_accuracy"])
 def test_a_target_that_cannot_be_reached_from_below_is_refused(target, tmp_path):
     with pytest.raises(ValueError, match="expected a pair such as"):
-        sweeps.run(
+        sweep.run(
             [{"dataset": "blobs", "model": "brownlee_mlp", "steps": 3, "target": target}], 1, store=Store(tmp_path)
         )
 
@@ -535,15 +536,36 @@ def test_a_target_that_cannot_be_reached_from_below_is_refused(target, tmp_path)
 def test_spectra_are_of_the_loss_a_network_was_trained_with(tmp_path):
     s = {"dataset": "blobs", "model": "brownlee_mlp", "epochs": 1, "loss": "squared", "lr": 1e-4}
     given = {"epochs": [1], "store": Store(tmp_path)}
-    plain = sweeps.measure("spectrum", [s], 1, **given).eigenvalue.item()
-    assert plain > 0
-    assert plain == sweeps.measure("spectrum", [s], 1, loss="squared", **given).eigenvalue.item()
-    assert plain != sweeps.measure("spectrum", [s], 1, loss="cross_entropy", **given).eigenvalue.item()
+    found = sweep.measure("spectrum", [s], 1, **given).eigenvalue.item()
+    (solution,) = sweep.weights(s, 1, 1, store=given["store"])
+    assert found == pytest.approx(landscape.spectrum(solution).eigenvalue.item(), rel=1e-3)
+    crossed = Solution(problems.named("blobs", "brownlee_mlp"), solution.weights)
+    assert found != pytest.approx(landscape.spectrum(crossed).eigenvalue.item(), rel=0.1)
     with pytest.raises(ValueError, match="measures the cross-entropy"):
-        sweeps.measure("noise", [s], 1, **given)
+        sweep.measure("noise", [s], 1, **given)
 
 
 def test_trials_of_a_protocol_without_any_are_refused(tmp_path):
     s = {"dataset": "blobs", "model": "brownlee_mlp", "epochs": 1}
     with pytest.raises(ValueError, match="only walk and frozen have trials"):
-        sweeps.measure("noise", [s], 1, epochs=[1], trials=20, store=Store(tmp_path))
+        sweep.measure("noise", [s], 1, epochs=[1], trials=20, store=Store(tmp_path))
+
+
+# Running statistics
+
+
+def test_a_sweep_keeps_the_running_statistics_of_a_normalisation():
+    base = {"dataset": "digits", "num_train": 300, "model": "brownlee_mlp", "epochs": 2, "norm": "batch"}
+    frame = sweep.run(sweep.grid(base, norm_batch_size=[None, 5]), [3], snapshots=[1], jobs=1)
+    assert frame["test_loss"].nunique() == 5  # the starts agree
+    problem = problems.named("digits", "brownlee_mlp", num_train=300, norm="batch")
+    state = Training(problem, seeds=[3]).advance(epochs=1).stack.state()
+    (kept,) = sweep.weights(base, [3], 1)
+    assert kept.weights.keys() == state.keys()
+    for name, value in state.items():  # a sweep computes with one thread
+        torch.testing.assert_close(kept.weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_protocols_refuse_a_normalisation():
+    with pytest.raises(ValueError, match="without normalisation"):
+        sweep.measure("frozen", [{"dataset": "digits", "norm": "group"}], 1, epochs=[1], batch_sizes=[4])

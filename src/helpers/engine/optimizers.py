@@ -52,7 +52,11 @@ def make(
     )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
     kind = functools.partial(kind, betas=betas, weight_decay=weight_decay, fused=fused)
-    return PerReplica(stack, kind, lr) if isinstance(lr, tuple) else Elementwise(stack, kind)
+    return Elementwise(stack, kind)
+
+
+def _per_replica(lr: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(lr, device=like.device, dtype=like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 class Descent:
@@ -85,7 +89,7 @@ class Descent:
             if isinstance(lr, tuple):
                 moved = found.get(name) if plain else into[name]
                 if moved is not None:
-                    p.sub_(moved * torch.tensor(lr, device=p.device, dtype=p.dtype).view(-1, *[1] * (p.dim() - 1)))
+                    p.sub_(moved * _per_replica(lr, p))
             elif plain and name in found:
                 p.add_(found[name], alpha=alpha)
             elif not plain:
@@ -129,9 +133,13 @@ class Elementwise:
             found = stack.gradients() if gradients is None else gradients
             for name, p in self._parameters.items():
                 p.grad = found.get(name)
+        each = isinstance(lr, tuple)  # then a step of rate 1, of which each replica takes its rate's share
+        before = [p.detach().clone() for p in self._parameters.values()] if each else []
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = 1.0 if each else lr
         self._optimizer.step()
+        for p, old in zip(self._parameters.values(), before):
+            p.data.copy_(old.lerp(p.data, _per_replica(lr, p)))
 
     def state(self) -> dict[str, torch.Tensor]:
         state, replicas = {}, len(next(iter(self._parameters.values())))
