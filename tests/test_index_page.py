@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from companion import runs
+from companion import run
 
 pytestmark = pytest.mark.browser
 
@@ -14,7 +14,7 @@ def run_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("browser") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPANION_STORE", str(tmp_path_factory.mktemp("store")))
-        assert runs.run("quick", only=["00", "01", "02", "05"], out=out) == 0
+        assert run.run("quick", only=["00", "01", "02", "05"], out=out) == 0
     return out
 
 

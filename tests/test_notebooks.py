@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from companion import pages, runs
+from companion import pages, parameters, run
 from helpers.ledger import claims, rules
 from helpers.problems import data
 
-NAMES = sorted(runs.notebooks())
-PROFILES = yaml.safe_load((runs.NOTEBOOKS / "profiles.yml").read_text())
+NAMES = sorted(parameters.notebooks())
+PROFILES = yaml.safe_load((parameters.NOTEBOOKS / "profiles.yml").read_text())
 
 # Appended to a copy: moves every slider and menu through its values, as a reader would.
 MOVE_EVERYTHING = """
@@ -31,7 +31,7 @@ for control in list(_instances.values()):
 
 
 def _read(name):
-    return nbformat.read(runs.notebooks()[name], as_version=4)
+    return nbformat.read(parameters.notebooks()[name], as_version=4)
 
 
 def _code(name):
@@ -61,24 +61,24 @@ def test_the_parameters_cell_holds_literals_each_with_a_comment(name):
         assignment, comment = line.split("  # ")
         ast.literal_eval(assignment.split(" = ")[1])
         assert comment
-    assert {"profile", "output_dir"} <= set(runs.parameters_of(runs.notebooks()[name]))
+    assert {"profile", "output_dir"} <= set(parameters.defaults(parameters.notebooks()[name]))
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "digits"])
 @pytest.mark.parametrize("profile", [p for p in PROFILES if not p.startswith("on_")])
 def test_every_profile_fits_the_notebooks(profile, dataset):
-    planned = runs.plan(profile, dataset)
+    planned = parameters.plan(profile, dataset)
     assert [p.name for p in planned] == NAMES
     for section in PROFILES.values():
         for name, values in section.items():
-            known = {p for n in NAMES for p in runs.parameters_of(runs.notebooks()[n])} if name == "every" else None
-            assert set(values) <= (known or set(runs.parameters_of(runs.notebooks()[name]))), (name, values)
+            known = {p for n in NAMES for p in parameters.defaults(parameters.notebooks()[n])} if name == "every" else None
+            assert set(values) <= (known or set(parameters.defaults(parameters.notebooks()[name]))), (name, values)
 
 
 def test_what_digits_change_is_laid_over_laptop_and_paper_but_not_over_quick():
     name = "06_learning_rate_scaling"
     for profile in ("quick", "laptop", "paper"):
-        (planned,) = runs.plan(profile, "digits", only=[name])
+        (planned,) = parameters.plan(profile, "digits", only=[name])
         section = PROFILES["quick" if profile == "quick" else "on_digits"][name]
         assert planned.parameters.items() >= section.items()
 
@@ -90,8 +90,8 @@ def test_it_runs_headlessly_and_every_slider_works(name, tmp_path):
     notebook = _read(name)
     notebook.cells.append(nbformat.v4.new_code_cell(MOVE_EVERYTHING))
     nbformat.write(notebook, folder / f"{name}.ipynb")
-    (folder / "profiles.yml").write_text((runs.NOTEBOOKS / "profiles.yml").read_text())
-    assert runs.run("quick", folder=folder, out=out) == 0
+    (folder / "profiles.yml").write_text((parameters.NOTEBOOKS / "profiles.yml").read_text())
+    assert run.run("quick", folder=folder, out=out) == 0
     figures = pages.figures(out, name)
     assert len(figures) == sum(c.source.count("plots.save(") for c in _code(name))
     assert all(f["title"] != f["name"] and f["caption"] for f in figures)
@@ -111,7 +111,7 @@ def test_claims_of_the_ledger_are_all_judged_by_a_notebook():
 
 
 def test_plain_papermill_works_from_any_folder(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(runs.notebooks()["00_start_here"]), "out.ipynb", "-k", "python3"]
+    command = [sys.executable, "-m", "papermill", str(parameters.notebooks()["00_start_here"]), "out.ipynb", "-k", "python3"]
     subprocess.run([*command, "-p", "lr", "0.05", "-p", "epochs", "2"], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "figures" / "00_start_here.png").exists()
 
@@ -119,7 +119,7 @@ def test_plain_papermill_works_from_any_folder(tmp_path):
 def test_a_notebook_runs_on_the_real_mnist(mnist_root, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_DATA", str(mnist_root))
     small = {"num_train": 2000, "epochs": 2, "more_epochs": 1, "early": 1}
-    assert runs.run("laptop", "auto", only=["05"], given=small, out=tmp_path / "out") == 0
+    assert run.run("laptop", "auto", only=["05"], given=small, out=tmp_path / "out") == 0
     table = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert not table["why"].fillna("").str.contains("another set-up").any()
     assert data.load("mnist", num_train=2000, root=mnist_root).num_train == 2000

@@ -5,17 +5,18 @@ import pytest
 from click.testing import CliRunner
 
 from companion import cli, report, verify
-from helpers.sweep import sweeps
+from helpers import sweep
+from helpers.sweep import trainings
 
 
 @pytest.fixture
 def reference(tmp_path, monkeypatch):
     base = {"dataset": "digits", "num_train": 400, "model": "small_mlp", "epochs": 3}
-    history = sweeps.run(sweeps.grid(base, batch_size=[16, 64]), 3)
+    history = sweep.run(sweep.grid(base, batch_size=[16, 64]), 3)
     (tmp_path / "tables").mkdir()
     for name in verify.CHEAP:
-        sweeps_table = history.astype({"betas": str})
-        sweeps_table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+        table = history.astype({"betas": str})
+        table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
     monkeypatch.setattr(report, "REFERENCE", tmp_path)
     return tmp_path
 
@@ -30,7 +31,7 @@ def test_the_machine_that_made_it_agrees_to_the_bit(reference):
 
 def test_what_the_store_holds_is_not_taken_for_a_result_of_this_machine(reference, monkeypatch):
     trained = []
-    monkeypatch.setattr(sweeps, "_train", lambda *a, train=sweeps._train: trained.append(1) or train(*a))
+    monkeypatch.setattr(trainings, "_train", lambda *a, train=trainings._train: trained.append(1) or train(*a))
     verify.compare(reference, jobs=1, say=str)
     assert len(trained) >= 2 * 2  # though the fixture has stored the very same runs
 

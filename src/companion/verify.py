@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from helpers import problems, sweep
 from helpers.ledger import inference, rules
-from helpers.problems import data
-from helpers.sweep import sweeps
 from helpers.sweep.store import Store
 
 # Of each reference table, the epoch up to which a run of minutes can follow it.
@@ -38,8 +37,8 @@ def compare(reference: Path, jobs: int | None = None, say: Callable[[str], None]
         epochs = min(epochs, int(table.epochs.max()))
         dataset = table.dataset.iloc[0]
         try:
-            data.load(dataset)
-        except data.DataError as error:
+            problems.load(dataset)
+        except problems.DataError as error:
             say(f"{name}: not compared. {error}")
             continue
         theirs = table[table.epochs == epochs]
@@ -47,7 +46,7 @@ def compare(reference: Path, jobs: int | None = None, say: Callable[[str], None]
         say(f"{name}: {len(settings)} settings × {theirs.seed.nunique()} seeds of {dataset}, up to epoch {epochs}")
         grid = [{**s, "num_train": int(s["num_train"]), "epochs": epochs} for s in settings]
         with tempfile.TemporaryDirectory() as folder:  # the user's store may hold the reference itself
-            run = sweeps.run(grid, sorted(map(int, theirs.seed.unique())), jobs=jobs, store=Store(folder))
+            run = sweep.run(grid, sorted(map(int, theirs.seed.unique())), jobs=jobs, store=Store(folder))
         ours = run[run.epochs == epochs]
         for (batch_size, lr), group in theirs.groupby(["batch_size", "lr"]):
             mine = ours[(ours.batch_size == batch_size) & (ours.lr == lr)]

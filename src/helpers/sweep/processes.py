@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, whatever ended it; all ended at once; that keep freed memory."""
+"""Processes: child processes that end with their parent, ending all of them, and memory kept by the C library."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import time
 
 import psutil
 
-PATIENCE = 2.0  # seconds in which those that clean up after others may end
+PATIENCE = 2.0  # seconds that processes which clean up after others have to end
 
 
 @functools.cache
 def end_with_parent() -> None:
-    """End this process within about a second after its parent has ended, even by ``kill -9``; asked again, nothing."""
+    """End this process within about a second after its parent has ended, even by ``kill -9``."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -30,23 +30,28 @@ def end_with_parent() -> None:
 
 
 def end_children(pid: int | None = None) -> None:
-    """End every process below ``pid`` (below this one without it), also those in sessions of their own, as kernels."""
+    """End all descendants of ``pid`` (by default of this process), also those in sessions of their own, as kernels."""
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(pid).children(recursive=True)
         for patience in (PATIENCE, 0.0):
             for process in below:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    # A kernel that is asked first complains on its way out. joblib's trackers remove what the others
-                    # leave in shared memory, and end by themselves then.
+                    # Killed, as a kernel that is terminated complains on its way out. joblib's trackers end by
+                    # themselves once they have removed the others' shared memory.
                     if not patience or not any("resource_tracker" in part for part in process.cmdline()):
                         process.kill()
             _, below = psutil.wait_procs(below, timeout=patience)
 
 
+interrupted = threading.Event()  # set from the first signal on: threads see why their processes ended
+
+
 @contextlib.contextmanager
 def interruptible():
-    """SIGINT and SIGTERM end all that was started, and raise KeyboardInterrupt: also where a shell ignores SIGINT."""
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    """SIGINT, SIGTERM and SIGHUP end all child processes and raise KeyboardInterrupt, even where SIGINT is ignored."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
+    interrupted.clear()
     try:
         yield
     finally:
@@ -55,16 +60,17 @@ def interruptible():
 
 
 def _interrupt(number, frame):
-    end_children()  # now: asked politely, as nbclient would, a kernel that trains takes seconds
+    interrupted.set()
+    end_children()  # now: a kernel that trains would take seconds to end when asked
     raise KeyboardInterrupt
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, up to 256 MB, where the environment asks it to give it back at once.
+    """Let the C library keep up to 256 MB of freed memory where the environment tells it to return it at once.
 
-    Dask's nanny does ($MALLOC_TRIM_THRESHOLD_, 64 kB): each step of a training would then wait for the system to hand
-    out the same pages again, and two workers on a machine would wait for each other.
+    Dask's nanny sets $MALLOC_TRIM_THRESHOLD_ to 64 kB: each training step would then wait for the system to hand out
+    the same pages again, and two workers on a machine would wait for each other.
     """
     if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" in os.environ:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's

@@ -1,22 +1,24 @@
 """Reruns: grids, the folders of their points, what is done again and what is not, and how it is shown."""
 
-import io
 import json
+import re
+import shutil
 import sys
 
 import nbformat
 import pandas as pd
 import pytest
-import rich.console
 from click.testing import CliRunner
 
-from companion import cli, reruns, runs
-from companion.reruns import Point, Request
+from companion import cli, grid, parameters
+from companion.grid import Request
 
 FRAME = """
 import pandas as pd
-from companion import runs
-runs.keep(pd.DataFrame({"lr": [lr], "x": [seed]}), "01_t", output_dir)
+from pathlib import Path
+tables = Path(output_dir) / "tables"
+tables.mkdir()
+pd.DataFrame({"lr": [lr], "x": [seed]}).to_parquet(tables / "01_t.parquet")
 """
 FIGURES = "from helpers import plots\nimport matplotlib.pyplot as plt\nfor name in ('01_a', '01_b'):\n"
 FIGURES += "    plots.save(plt.subplots()[1], name, output_dir, f'of {lr}')\n    plt.close()"
@@ -55,13 +57,13 @@ def folder(tmp_path):
     (["lr=0.1", "seed=5:7"], [{"lr": [0.1], "seed": [5, 6]}]),
 ])  # fmt: skip
 def test_grids_as_they_are_written_on_the_command_line(texts, grids):
-    assert reruns.parse_grids(texts) == grids
+    assert grid.parse_grids(texts) == grids
 
 
 def test_a_yaml_file_holds_a_grid_or_several(tmp_path):
     file = tmp_path / "grids.yml"
     file.write_text("- {lr: [0.01, 1e-1], seed: '0:2'}\n- {lr: [1.0], seed: [7]}\n")
-    assert reruns.parse_grids([str(file), "seeds=1"]) == [
+    assert grid.parse_grids([str(file), "seeds=1"]) == [
         {"lr": [0.01, 0.1], "seed": [0, 1], "seeds": [1]}, {"lr": [1.0], "seed": [7], "seeds": [1]},
     ]  # fmt: skip
 
@@ -75,10 +77,9 @@ def test_a_yaml_file_holds_a_grid_or_several(tmp_path):
     (["seed=0:200", "lr=" + ",".join(f"0.{k}" for k in range(1, 90))], "more than 10,000 points"),
     (["nope=1"], "unknown parameter 'nope'"),
     (["lr=fast"], "expected float"),
-    (["lr=0.1,-1"], "finite number above 0"),
-    (["seed=-1"], "seed is -1; expected 0 or more"),
+    (["lr=0.1,-1"], "expected above 0"),
+    (["seed=-1"], "seed is -1; expected at least 0"),
     (["/nowhere/grids.yml"], "No such file"),
-    (["/dev/zero"], "not a file"),
     (["output_dir=a,b"], "output_dir is set by --out"),
 ])  # fmt: skip
 def test_what_is_no_grid_is_refused_in_one_line_and_nothing_is_written(texts, message, tmp_path):
@@ -91,14 +92,12 @@ def test_what_is_no_grid_is_refused_in_one_line_and_nothing_is_written(texts, me
 
 
 def test_equal_points_are_one_and_names_say_the_values(folder):
-    points = reruns.plan(
-        "01", [{"lr": [0.1, 0.10, 1e-4], "sizes": [[1, 2]]}, {"lr": [0.1]}], "quick", "x", folder=folder
-    )
+    points = grid.plan("01", [{"lr": [0.1, 0.10, 1e-4], "sizes": [[1, 2]]}, {"lr": [0.1]}], "quick", "x", folder=folder)
     assert [p.name for p in points] == ["lr=0.1,sizes=1-2", "lr=0.0001,sizes=1-2"]
 
 
 def test_names_that_would_be_the_same_are_told_apart(folder):
-    points = reruns.plan("01", [{"lr": [0.1234567, 0.12345671]}], "quick", "x", folder=folder)
+    points = grid.plan("01", [{"lr": [0.1234567, 0.12345671]}], "quick", "x", folder=folder)
     assert len({p.name for p in points}) == 2 and all(p.name.startswith("lr=0.123457-") for p in points)
 
 
@@ -110,13 +109,14 @@ def done(tmp_path_factory):
     _write(folder, "01_grid", FRAME, FIGURES, "if lr > 1:\n    raise ValueError('too large')")
     out, said = tmp_path_factory.mktemp("runs") / "out", []
     request = Request("01", [{"lr": [0.5, 2.0], "seed": [0, 1]}], "quick", jobs=2)
-    assert reruns.rerun(request, out=out, folder=folder, say=said.append) == 1
+    assert grid.rerun(request, out=out, folder=folder, say=said.append) == 1
     return folder, out, "\n".join(said)
 
 
 def test_a_failing_point_leaves_the_others_and_is_named_with_its_cell(done):
     _, out, said = done
-    assert "2 of 4 ok" in said and said.count("lr=2,seed=1: FAILED: cell 5: ValueError: too large") == 1
+    assert "2 of 4 ok" in said
+    assert len(re.findall(r"^\[\d/4\] lr=2,seed=1: FAILED, \d+ s: cell 5: ValueError: too large$", said, re.M)) == 1
     assert (out / "points/lr=2,seed=1/01_grid.ipynb").exists()
 
 
@@ -132,31 +132,47 @@ def test_resuming_runs_what_failed_and_nothing_else(done):
     folder, out, _ = done
     before = {f: f.stat().st_mtime_ns for f in out.glob("points/*/01_grid.ipynb")}
     said = []
-    assert reruns.rerun(reruns.request_of(out), out=out, resume=True, folder=folder, say=said.append) == 1
+    assert grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder, say=said.append) == 1
     again = {f.parent.name for f, time in before.items() if f.stat().st_mtime_ns != time}
     assert again == {"lr=2,seed=0", "lr=2,seed=1"} and "2 of them are finished there already" in "\n".join(said)
 
 
-def test_a_changed_notebook_and_a_damaged_copy_are_run_again(done, tmp_path):
+def test_a_damaged_copy_and_a_changed_notebook_are_run_again_without_what_they_left(done, tmp_path):
     folder, out, _ = done
-    (point,) = reruns.plan("01", [{"lr": [0.5], "seed": [0]}], "quick", "digits", folder=folder)
-    reruns._read(point, out)
-    assert point.status == "ok"
-    copy = out / f"points/{point.name}/01_grid.ipynb"
-    whole = copy.read_bytes()
-    for damaged in (whole[:-20], b"", whole.replace(b"A finding", b"A findinG")):
-        copy.write_bytes(damaged)
-        point.status = "waiting"
-        reruns._read(point, out)
-        assert point.status == "waiting"
-    copy.write_bytes(whole)
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    (changed / "profiles.yml").write_text("quick: {}\n")
-    _write(changed, "01_grid", FRAME, "print('more')")
-    (other,) = reruns.plan("01", [{"lr": [0.5], "seed": [0]}], "quick", "digits", folder=changed)
-    reruns._read(other, out)
-    assert other.status == "waiting"
+    folder, out = shutil.copytree(folder, tmp_path / "folder"), shutil.copytree(out, tmp_path / "out")
+    one = {f.parent.name: f for f in out.glob("points/*/01_grid.ipynb")}["lr=0.5,seed=0"]
+    one.write_bytes(one.read_bytes().replace(b"A finding", b"A findinG"))
+    said = []
+    grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder, say=said.append)
+    assert "1 of them are finished there already" in "\n".join(said) and b"A finding" in one.read_bytes()
+    _write(folder, "01_grid", FIGURES.replace("'01_a', '01_b'", "'01_c',"), "raise ValueError('other')")
+    said.clear()
+    assert grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder, say=said.append) == 1
+    assert "0 of 4 ok" in "\n".join(said) and not (out / "results.parquet").exists()
+    assert [f.name for f in sorted((one.parent / "figures").glob("*.png"))] == ["01_c.png"]
+    assert not (one.parent / "tables").exists()
+
+
+def test_all_points_execute_the_notebook_as_it_was(folder, tmp_path):
+    _write(folder, "01_grid", f"open({str(folder / '01_grid.ipynb')!r}, 'w').write('edited')\nprint(lr)")
+    request = Request("01", [{"lr": [0.1, 0.2, 0.3]}], "quick", jobs=1)
+    assert grid.rerun(request, out=tmp_path / "out", folder=folder, say=str) == 0
+
+
+def test_tables_that_differ_in_type_are_put_together_as_text(folder, tmp_path):
+    more = "for name, value in (('01_a', 1), ('01_b', 'one')):\n"
+    more += "    pd.DataFrame({'size': [value]}).to_parquet(tables / f'{name}.parquet')"
+    _write(folder, "01_grid", FRAME, more)
+    assert grid.rerun(Request("01", [{"lr": [0.1]}], "quick"), out=tmp_path / "out", folder=folder, say=str) == 0
+    assert pd.read_parquet(tmp_path / "out" / "results.parquet")["size"].dropna().tolist() == ["1", "one"]
+
+
+def test_a_resumed_rerun_keeps_its_dataset_and_takes_only_what_may_change(done):
+    _, out, _ = done
+    assert json.loads((out / "rerun.json").read_text())["request"]["dataset"] == "digits"
+    for more in (["01"], ["--grid", "lr=1"], ["-p", "lr=1"], ["--profile", "quick"], ["--dataset", "digits"]):
+        result = CliRunner().invoke(cli.main, ["rerun", *more, "--resume", "--out", str(out)])
+        assert result.exit_code == 2 and "only --jobs, --cluster and --timeout may change" in result.stderr
 
 
 def test_status_shows_every_point_and_the_command_that_goes_on(done):
@@ -168,11 +184,11 @@ def test_status_shows_every_point_and_the_command_that_goes_on(done):
 
 def test_a_second_rerun_into_a_folder_at_work_is_refused(done):
     folder, out, _ = done
-    with reruns._alone(out):
-        assert reruns.status(out)["at_work"]
-        with pytest.raises(runs.BadInput, match="another rerun is at work"):
-            reruns.rerun(reruns.request_of(out), out=out, resume=True, folder=folder)
-    assert not reruns.status(out)["at_work"]
+    with grid._alone(out):
+        assert grid.status(out)["at_work"]
+        with pytest.raises(parameters.BadInput, match="another rerun is at work"):
+            grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder)
+    assert not grid.status(out)["at_work"]
 
 
 @pytest.mark.browser
@@ -196,44 +212,16 @@ def test_the_page_lays_the_main_figures_over_the_grid(done, browser, width):
     assert problems == []
 
 
-def test_a_dry_run_says_plan_and_time_and_writes_nothing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "OUTPUTS", tmp_path / "outputs")
+def test_a_dry_run_lists_the_points_and_writes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(parameters, "OUTPUTS", tmp_path / "outputs")
     said = []
-    request = Request("01", [{"seeds": [3, 6]}], "quick")
-    assert reruns.rerun(request, dry=True, folder=folder, say=said.append) == 0
-    assert "2 × 01_grid, quick on digits; nothing on record" in "\n".join(said)
-    record = {
-        "cores": 2,
-        "notebooks": [{"name": "01_grid", "parameters": {"seeds": 3}, "seconds": 106, "status": "ok"}],
-    }
-    (tmp_path / "outputs/reference").mkdir(parents=True)
-    (tmp_path / "outputs/reference/run.json").write_text(json.dumps(record))
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    said.clear()
-    assert reruns.rerun(request, dry=True, folder=folder, say=said.append) == 0
-    # 100 s beyond the start on 2 cores: 50 s on 4, and twice that for twice the seeds.
-    assert "\n".join(said).split()[:6] == ["seeds=3", "56", "s", "seeds=6", "2", "min"]
-    assert "about 3 min" in "\n".join(said)
-    assert list((tmp_path / "outputs").iterdir()) == [tmp_path / "outputs/reference"]
-
-
-def test_in_a_terminal_a_live_table_shows_what_runs_is_done_and_is_left(monkeypatch):
-    planned = runs.Planned("01_grid", None, {})
-    points = [Point(f"lr={k}", {}, planned, str(k), expected=10.0) for k in range(20)]
-    points[0].status, points[0].seconds, points[0].started = "ok", 20.0, 1.0
-    points[1].status, points[1].started = "running", 1.0
-    points[2].status = "FAILED"
-    table = reruns.Table(points, 2, print)
-    screen = rich.console.Console(file=io.StringIO(), width=100)
-    screen.print(table._render())
-    shown = screen.file.getvalue()
-    # 18 points are left, twice as slow as expected, two at a time.
-    assert "1 ok · 1 running · 17 waiting · 1 FAILED; about 3 min left" in " ".join(shown.split())
-    assert shown.index("lr=1 ") < shown.index("lr=2 ") < shown.index("lr=3 ") and "… and 8 more" in shown
+    assert grid.rerun(Request("01", [{"seeds": [3, 6]}], "quick"), dry=True, folder=folder, say=said.append) == 0
+    assert "\n".join(said).split("\n") == ["seeds=3", "seeds=6", "", "2 × 01_grid, quick on digits"]
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_clean_says_what_can_go_and_removes_it_only_when_told(store_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(parameters, "OUTPUTS", tmp_path / "outputs")
     from helpers.sweep.store import Store
 
     kept = Store().put({"numerics": 10**6}, pd.DataFrame({"x": [1]}))
@@ -248,13 +236,13 @@ def test_clean_says_what_can_go_and_removes_it_only_when_told(store_folder, monk
     held = Store().claim("0" * 24)
     Store().claim("1" * 24).release()
     said = CliRunner().invoke(cli.main, ["clean"]).output
-    assert "2.0 MB can go" in said and "set aside as damaged" in said and said.count("of older numerics") == 2
+    assert "2.0 MB can be deleted" in said and "set aside as damaged" in said and said.count("of older numerics") == 2
     assert ".new-abc" not in said  # its writer may be at work
     assert "1" * 24 in said and "0" * 24 not in said
     assert sorted(Store().all_keys()) == sorted([kept, old, of_old])
-    assert "2.0 MB freed" in CliRunner().invoke(cli.main, ["clean", "--yes"]).output
+    assert "2.0 MB deleted" in CliRunner().invoke(cli.main, ["clean", "--yes"]).output
     assert Store().all_keys() == [kept] and not (store_folder / "damaged" / "x").exists()
-    assert "nothing to remove" in CliRunner().invoke(cli.main, ["clean"]).output
+    assert "nothing to delete" in CliRunner().invoke(cli.main, ["clean"]).output
     held.release()
 
 
