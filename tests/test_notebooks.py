@@ -15,6 +15,7 @@ from helpers.ledger import claims, rules
 from helpers.problems import data
 
 NAMES = sorted(parameters.notebooks())
+DEFAULTS = {name: parameters.defaults(path) for name, path in parameters.notebooks().items()}
 PROFILES = yaml.safe_load((parameters.NOTEBOOKS / "profiles.yml").read_text())
 
 # Appended to a copy: moves every slider and menu through its values, as a reader would.
@@ -71,8 +72,8 @@ def test_every_profile_fits_the_notebooks(profile, dataset):
     assert [p.name for p in planned] == NAMES
     for section in PROFILES.values():
         for name, values in section.items():
-            known = {p for n in NAMES for p in parameters.defaults(parameters.notebooks()[n])} if name == "every" else None
-            assert set(values) <= (known or set(parameters.defaults(parameters.notebooks()[name]))), (name, values)
+            known = {parameter for n in NAMES if name in ("every", n) for parameter in DEFAULTS[n]}
+            assert set(values) <= known, (name, values)
 
 
 def test_what_digits_change_is_laid_over_laptop_and_paper_but_not_over_quick():
@@ -111,7 +112,8 @@ def test_claims_of_the_ledger_are_all_judged_by_a_notebook():
 
 
 def test_plain_papermill_works_from_any_folder(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(parameters.notebooks()["00_start_here"]), "out.ipynb", "-k", "python3"]
+    notebook = parameters.notebooks()["00_start_here"]
+    command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", "-k", "python3"]
     subprocess.run([*command, "-p", "lr", "0.05", "-p", "epochs", "2"], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "figures" / "00_start_here.png").exists()
 

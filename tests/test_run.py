@@ -119,7 +119,7 @@ def test_bad_input_is_one_line_and_exit_2_with_nothing_written(arguments, messag
 
 def test_an_output_folder_with_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "claims.csv").write_text("precious")
-    with pytest.raises(parameters.BadInput, match="is not empty; choose a new folder with --out$"):
+    with pytest.raises(parameters.BadInput, match=r"is not empty; choose a new folder with --out$"):
         run.run("quick", only=["00"], out=tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["claims.csv"]
 
@@ -176,7 +176,9 @@ def test_ctrl_c_ends_with_130_and_says_what_is_kept(monkeypatch):
     assert result.exit_code == 130 and result.stderr == "companion: stopped\n"
 
 
-LAB = "from helpers import live\nlab = live.Lab(['blobs'], batch_size=8, small=True)\nlab"
+LAB = """from helpers import Lab, problems
+lab = Lab(problems.named("blobs", "brownlee_mlp"), batch_size=8, small=True)
+lab"""
 
 
 def test_a_live_lab_plays_by_itself_in_a_run_and_leaves_text_where_it_stood(folder, tmp_path, monkeypatch):
