@@ -59,7 +59,9 @@ def test_a_name_that_is_no_file_name_is_refused(book, name):
 
 
 def test_verdicts_are_saved_and_shown(book, tmp_path):
-    accuracy = pd.Series([98.0, 97.0, 97.9, 97.1], index=pd.MultiIndex.from_product([[64, 1024], [0, 1]]))
+    accuracy = pd.Series(
+        [98.0, 97.0, 97.9, 97.1], index=pd.MultiIndex.from_product([[64, 1024], [0, 1]], names=["batch_size", "seed"])
+    )
     a = book.per_seed(accuracy)
     sizes = {str(b): a[b] for b in (64, 256, 1024)}
     book.judge("sweep-accuracy", {"64-256": a[64] - a[256], "256-1024": a[256] - a[1024], **sizes})
@@ -72,7 +74,7 @@ def test_verdicts_are_saved_and_shown(book, tmp_path):
         rules.NOT_JUDGED,
         *["inconclusive"] * 2,
     ]
-    assert table["why"][0] == "256 is not among batch_sizes" and table["why"][0] in html
+    assert table["why"][0] == "the chosen parameters have no run with batch size 256" and table["why"][0] in html
     assert table["counts"].tolist() == [False, False, False, False, False, True]  # num_train and epochs are reduced
 
 
@@ -80,6 +82,21 @@ def test_a_missing_figure_makes_every_result_missing():
     none = missing("why")
     for result in (none - 1, 1 - none, none / np.ones(2), np.ones(2) / none, 100 * (np.ones(2) - none) + none):
         assert result == none
+
+
+def test_figures_a_seed_are_found_by_their_setting():
+    frame = pd.DataFrame(
+        {"batch_size": 64, "lr": [0.1, 0.1, 0.01, 0.01], "seed": [1, 0, 0, 1], "x": [1.0, 2.0, 3.0, 4.0]}
+    )
+    x = Book.per_seed(frame.set_index(["batch_size", "lr", "seed"]).x)
+    assert x[64, 0.1].tolist() == [2.0, 1.0] and (x[64, 0.01] - x[64, 0.1]).tolist() == [1.0, 3.0]
+    assert x[64, 0.1] - x[32, 0.1] == missing("the chosen parameters have no run with batch size 32, lr 0.1")
+
+
+def test_the_ends_of_a_sweep_are_said_in_words():
+    one = pd.Series([0.5, np.nan], index=[8, 16])
+    assert Book.across(one) == "0.5 at batch 8 and – at batch 16"
+    assert Book.across(one[:1]) == "0.5 at batch 8"
 
 
 def test_without_a_folder_it_writes_below_outputs(tmp_path, monkeypatch, shown):

@@ -72,13 +72,26 @@ class Book:
 
         display(Markdown(text))
 
-    def per_seed(self, series: pd.Series, among: str = "batch_sizes") -> rules.PerSeed:
-        """Index one figure a seed by the first level of ``series``; a key without figures gives ``missing``.
+    @staticmethod
+    def across(values: pd.Series, form: str = "{:.3g}") -> str:
+        """Say the values at the smallest and the largest batch size, means over the rest, for a title or a sentence.
 
-        series: indexed by (key, seed).
-        among: the parameter that lists the keys, for the reason of a part that is not judged.
+        values: its first index level is the batch size. form: how a value is written.
+
+        >>> Book.across(pd.Series([0.981, 0.979, 0.952], index=[64, 64, 1024]), "{:.1%}")
+        '98.0% at batch 64 and 95.2% at batch 1024'
         """
-        return rules.PerSeed(series, among)
+        means = values.groupby(level=0).mean().sort_index()
+        ends = dict.fromkeys([means.index[0], means.index[-1]])
+        return " and ".join(f"{form.format(means[b]) if pd.notna(means[b]) else '–'} at batch {b}" for b in ends)
+
+    @staticmethod
+    def per_seed(series: pd.Series) -> rules.PerSeed:
+        """Index one figure a seed by setting, for ``judge``: ``a = book.per_seed(series)``, then ``a[64, 0.01]``.
+
+        series: indexed by the settings and, last, the seed. A setting that was not run gives ``missing``.
+        """
+        return rules.PerSeed(series)
 
     def judge(self, claim: str, measured: Mapping[str, object], **used: object) -> None:
         """Judge a claim.

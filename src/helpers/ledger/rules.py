@@ -33,17 +33,17 @@ COLUMNS = (
 class Missing:
     """Stands for the figures of a part that the chosen parameters do not measure; so does any result computed from it.
 
-    >>> (missing("no batch 64") - np.ones(3)) / 2
+    >>> np.log10(missing("no batch 64") / np.ones(3))
     Missing(reason='no batch 64')
     """
 
     reason: str
-    __array_ufunc__ = None  # an array on the left leaves the operation to this class
 
-    def _itself(self, other: object) -> Missing:
+    def _itself(self, *others: object, **options: object) -> Missing:
         return self
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _itself
+    __array_ufunc__ = _itself
 
 
 def missing(reason: str) -> Missing:
@@ -52,17 +52,20 @@ def missing(reason: str) -> Missing:
 
 
 class PerSeed(dict):
-    """One figure a seed, by key: the first level of ``series``, whose second is the seed.
+    """One figure a seed by setting: ``a[64, 0.01]`` of a series indexed by batch_size, lr and seed, the seed last.
 
-    A key without figures gives ``missing``, with the parameter that lists the keys, ``among``, in the reason.
+    A setting that was not run gives ``missing``, with the setting in the reason.
     """
 
-    def __init__(self, series: pd.Series, among: str = "batch_sizes"):
-        super().__init__({key: one.to_numpy() for key, one in series.sort_index().groupby(level=0)})
-        self.among = among
+    def __init__(self, series: pd.Series):
+        *self.names, _ = series.index.names
+        super().__init__({key[0] if len(key) == 1 else key: one.to_numpy()
+                          for key, one in series.sort_index().groupby(level=self.names)})  # fmt: skip
 
     def __missing__(self, key: object) -> Missing:
-        return missing(f"{key:g} is not among {self.among}" if isinstance(key, (int, float)) else f"no {key}")
+        keys = key if isinstance(key, tuple) else (key,)
+        setting = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(self.names, keys))
+        return missing(f"the chosen parameters have no run with {setting}")
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
