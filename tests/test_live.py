@@ -10,6 +10,7 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import Dataset, Net, Problem, problems
+from helpers import Dataset, Net, Problem, Training, problems
+from helpers.live import controls, settings
 from helpers.live import lab as live
 from helpers.live.lab import Lab
 from helpers.live.view import advice
@@ -258,6 +260,21 @@ def test_what_follows_a_start_over_is_no_move_of_the_user(start):
     assert settle(lab).session.builds == 2
     assert [m.name for m in lab.session.runs[0].moves] == []
     assert lab.error == lab.session.error == ""
+
+
+def test_a_setting_is_added_by_a_row_of_settings_and_a_row_of_controls(start, monkeypatch):
+    decay = settings.Setting(0.0, lambda value, *_: float(value))
+    row = controls.setting("weight_decay", 3, "weight decay", widgets.FloatSlider, lambda _, value: {"value": value})
+    monkeypatch.setitem(settings.SETTINGS, "weight_decay", decay)
+    monkeypatch.setattr(controls, "CONTROLS", (*controls.CONTROLS, row))
+    lab = start()
+    lab.weight_decay.value = 0.5
+    settle(lab)
+    assert lab.weight_decay in shown(lab) and lab.session.builds == 2
+    lab.rehearse({}, 40, timeout=PATIENCE)
+    plain = Training(BLOBS, lr=0.05, batch_size=8, weight_decay=0.5).advance(steps=5, record=False)
+    assert all(w.equal(plain.weights()[name]) for name, w in main(lab).weights().items())
+    assert "weight_decay=0.5" in lab.code()
 
 
 # Any problem

@@ -10,7 +10,8 @@ import torch
 from helpers import Net, Problem, Training, problems
 from helpers.engine.order import epoch_order
 from helpers.live.session import TRANSITIONS, Session
-from helpers.live.trace import LIVE, MEASURES, Curve, Run
+from helpers.live.settings import LIVE
+from helpers.live.trace import MEASURES, Curve, Run
 from helpers.measure import noise
 
 BLOBS = problems.named("blobs", "brownlee_mlp")

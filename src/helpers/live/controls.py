@@ -1,4 +1,4 @@
-"""The lab's controls as a table. To add one, add its row here, and its name where it acts (``trace.LIVE``)."""
+"""The lab's controls, as a table. To add one, add its row here; a setting's row in ``settings`` makes it act."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _button(name: str, icon: str, tooltip: str, act: Callable[[Lab], None]) -> C
     return Control(name, 0, name.capitalize(), widgets.Button, lambda _: traits, act, small=True)
 
 
-def _setting(name: str, row: int, label: str, kind: type[widgets.DOMWidget], traits: Callable, small=False) -> Control:
+def setting(name: str, row: int, label: str, kind: type[widgets.DOMWidget], traits: Callable, small=False) -> Control:
     return Control(name, row, label, kind, lambda lab: traits(lab, lab.session.settings[name]) | _WIDE,
                    lambda lab: lab.move(name, getattr(lab, name).value), small, follows=True)  # fmt: skip
 
@@ -81,11 +81,11 @@ CONTROLS = (
         "tooltip": "From here on, a second run with a batch size of its own, fed the same examples",
     }, lambda lab: lab.pin_run()),
     _button("export", "download", "Figure, history and code of this session", lambda lab: lab.show_export()),
-    _setting("batch_size", 1, "batch size", widgets.SelectionSlider, _sizes, small=True),
+    setting("batch_size", 1, "batch size", widgets.SelectionSlider, _sizes, small=True),
     # Not a FloatLogSlider: a browser rounds its value to the next step and sends that back unasked.
-    _setting("lr", 1, "learning rate", widgets.SelectionSlider, lambda _, lr: {
+    setting("lr", 1, "learning rate", widgets.SelectionSlider, lambda _, lr: {
         "options": tuple((f"{rate:g}", rate) for rate in sorted({*_RATES, lr})), "value": lr}, small=True),
-    _setting("momentum", 1, "momentum", widgets.FloatSlider, lambda lab, value: {
+    setting("momentum", 1, "momentum", widgets.FloatSlider, lambda lab, value: {
         "min": 0, "max": max(0.99, value), "step": 0.01, "value": value,
         "disabled": lab.session.settings["optimizer"] != "sgd"}),
     Control("pinned_batch_size", 2, "pinned batch", widgets.SelectionSlider, _pinned, lambda lab: lab.pin_run(),
@@ -93,7 +93,7 @@ CONTROLS = (
     Control("pace", 2, "pace", widgets.Dropdown, _paces, lambda lab: lab.set_pace()),
     Control("axis", 2, "x-axis", widgets.Dropdown, lambda _: {"options": _AXES, "value": "examples_seen"} | _WIDE,
             lambda lab: lab.draw(), small=True),
-    _setting("optimizer", 3, "optimizer", widgets.Dropdown, lambda _, value: {"options": OPTIMIZERS, "value": value}),
+    setting("optimizer", 3, "optimizer", widgets.Dropdown, lambda _, value: {"options": OPTIMIZERS, "value": value}),
 )  # fmt: skip
 
 

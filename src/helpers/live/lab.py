@@ -34,7 +34,7 @@ class Lab(widgets.VBox):
     """Controls and curves of one live session; display it, and press play.
 
     given: a problem, a list of problems or a dict name → problem; training begins with the first.
-    batch_size, lr, momentum, optimizer, seed: settings to begin with.
+    settings: batch_size, lr, momentum, optimizer, seed to begin with; see ``settings.SETTINGS``.
     epochs_per_second: the pace; 0 for as fast as it goes.
     small: leave out the choices of problem and optimizer, and the picture.
     A new lab closes the one before. ``session`` is the engine's side: ``lab.session.history`` has every step.
@@ -44,12 +44,11 @@ class Lab(widgets.VBox):
     _ticker: threading.Thread | None = None
     _open: ClassVar[Lab | None] = None  # one lab a kernel: whoever runs its cell again wants the new one alone
 
-    def __init__(self, given: Problems, *, batch_size: int = 8, lr: float = 0.05, epochs_per_second: float = 0.0,
-                 small: bool = False, **settings: object):  # fmt: skip
+    def __init__(self, given: Problems, *, epochs_per_second: float = 0.0, small: bool = False, **settings: object):
         Lab.close_open()
-        self.session = Session(given, batch_size=batch_size, lr=lr, **settings)
+        self.session = Session(given, **settings)
         self.error = ""  # of the drawing; the session has its own
-        self.epochs_per_second, self.sizes_asked, self.following = epochs_per_second, {batch_size}, False
+        self.epochs_per_second, self.sizes_asked, self.following = epochs_per_second, {self.session.settings["batch_size"]}, False
         self._small, self._builds = small, self.session.builds
         self._on_pause: list[Callable[[], None]] = []
         self._kept = 0  # plays of the session when its output was last kept

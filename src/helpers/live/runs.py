@@ -10,11 +10,11 @@ from typing import NamedTuple
 import pandas as pd
 
 from helpers import problems
-from helpers.engine.optimizers import OPTIMIZERS, check_optimizer
 from helpers.engine.schedules import check_above, check_examples
 from helpers.engine.training import Training
 from helpers.live.probe import TestDraw
-from helpers.live.trace import LIVE, Run
+from helpers.live.settings import LIVE, SETTINGS, one_of
+from helpers.live.trace import Run
 from helpers.problems import Dataset, Problem
 
 Key = tuple[str, ...]  # (name,) of a problem that was given a name, else (its dataset's, its net's)
@@ -49,13 +49,13 @@ class Wish(NamedTuple):
 class Runs:
     """Runs that see the same examples at the same time. Parameters: see ``Session``."""
 
-    def __init__(self, given: Problems, *, batch_size: int, lr: float, momentum: float = 0.0, optimizer: str = "sgd",
-                 seed: int = 0, test_examples: int = 1000):  # fmt: skip
+    def __init__(self, given: Problems, *, seed: int = 0, test_examples: int = 1000, **settings: object):
         self.problems, self.test_examples = keyed(given), test_examples
+        if unknown := set(settings) - set(SETTINGS):
+            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)} and seed")
         key, self.problem = next(iter(self.problems.items()))
-        self.settings: dict[str, object] = {"problem": key, "seed": seed, "optimizer": optimizer,
-                                            "batch_size": batch_size, "lr": lr, "momentum": momentum}  # fmt: skip
-        self.settings |= {name: self.checked(name, self.settings[name]) for name in ("optimizer", *LIVE)}
+        self.settings = {"problem": key, "seed": seed} | {n: settings.get(n, s.default) for n, s in SETTINGS.items()}
+        self.settings |= {name: self.checked(name, self.settings[name]) for name in SETTINGS}
         self.test: TestDraw | None = None
         self.pinned_batch_size: int | None = None
         self.runs: tuple[Run, ...] = ()
@@ -83,22 +83,15 @@ class Runs:
 
     def checked(self, name: str, value: object) -> object:
         """Return ``value`` in the type of its setting. Raises ValueError for an unknown setting or a bad value."""
-        if name in ("pinned_batch_size", "examples_per_second") and value is None:
-            return None
-        if name in ("batch_size", "pinned_batch_size"):
-            return check_examples(name, value, self.dataset.num_train)
-        if name in ("lr", "examples_per_second"):
-            return check_above(name, value)
-        if name == "momentum":
-            check_optimizer(self.settings["optimizer"], value)
-            return float(value)
-        choices = {"optimizer": OPTIMIZERS, "problem": tuple(self.problems)}.get(name)
-        if choices is None:
-            raise ValueError(f"no control is called {name!r}")
-        value = (value,) if name == "problem" and isinstance(value, str) else value
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(map(str, choices))}")
-        return value
+        if name in SETTINGS:
+            return SETTINGS[name].check(value, self.settings, self.dataset.num_train)
+        if name == "problem":
+            return one_of(name, (value,) if isinstance(value, str) else value, tuple(self.problems))
+        if name == "pinned_batch_size":
+            return value if value is None else check_examples(name, value, self.dataset.num_train)
+        if name == "examples_per_second":
+            return value if value is None else check_above(name, value)
+        raise ValueError(f"no control is called {name!r}")
 
     def apply(self, wish: Wish) -> None:
         """Set what a wish is for; start over where it does not act at the next step."""
@@ -136,7 +129,7 @@ class Runs:
         if settings["optimizer"] != "sgd":
             settings["momentum"] = 0.0
         settings["batch_size"] = min(settings["batch_size"], problem.num_train)
-        training = Training(problem, seeds=[settings["seed"]], **{n: settings[n] for n in (*LIVE, "optimizer")})
+        training = Training(problem, seeds=[settings["seed"]], **{name: settings[name] for name in SETTINGS})
         test = self.test if self.test and self.test.problem is problem else TestDraw(problem, self.test_examples)
         run = Run(training, settings)
         run.measure(test)  # before anybody sees it

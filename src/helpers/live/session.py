@@ -57,9 +57,8 @@ class Session(Runs):
     """Runs in the hands of one trainer thread.
 
     given: the problem, a list of problems or a dict name → problem; training begins with the first.
-    batch_size, lr, momentum, optimizer, seed: as for ``Training``; the optimizer by name.
     examples_per_second: the pace, None for as fast as it goes.
-    test_examples: of the test set, drawn once, on which the score is measured.
+    settings: those of ``settings.SETTINGS``; ``seed``; ``test_examples``, on which the score is measured.
     Raises ValueError for settings that cannot be trained. What fails in the thread is in ``error``; ``wait`` raises it.
     """
 

@@ -12,10 +12,10 @@ import pandas as pd
 
 from helpers.engine.training import Training
 from helpers.live.probe import NoiseScale, TestDraw
+from helpers.live.settings import LIVE, SETTINGS
 
 AXES = ("examples_seen", "steps", "seconds")
 MEASURES = ("test_loss", "test_accuracy", "gradient_norm", "gradient_noise_scale")
-LIVE = ("batch_size", "lr", "momentum")  # act at the next step; any other setting starts over
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class Run:
     def code(self, name: str = "training") -> str:
         """Python that repeats this run of ``problem`` without a slider, to the bit on the same machine."""
         s, moves = self.settings, list(self.moves)
-        start = {n: s[n] for n in LIVE} | {m.name: m.value for m in moves if m.steps == 0}
-        lines = [f"{name} = Training(problem, seeds=[{s['seed']}], optimizer={s['optimizer']!r}, "
-                 + ", ".join(f"{n}={v!r}" for n, v in start.items()) + ")"]  # fmt: skip
+        start = {n: s[n] for n in SETTINGS} | {m.name: m.value for m in moves if m.steps == 0}
+        keywords = ", ".join(f"{n}={value!r}" for n, value in start.items())
+        lines = [f"{name} = Training(problem, seeds=[{s['seed']}], {keywords})"]
         done = 0
         for move in [*(m for m in moves if m.steps), None]:
             until = move.steps if move else self.training.steps
