@@ -48,7 +48,8 @@ class Lab(widgets.VBox):
         Lab.close_open()
         self.session = Session(given, **settings)
         self.error = ""  # of the drawing; the session has its own
-        self.epochs_per_second, self.sizes_asked, self.following = epochs_per_second, {self.session.settings["batch_size"]}, False
+        self.epochs_per_second, self.following = epochs_per_second, False
+        self.sizes_asked = {self.session.settings["batch_size"]}
         self._small, self._builds = small, self.session.builds
         self._on_pause: list[Callable[[], None]] = []
         self._kept = 0  # plays of the session when its output was last kept
