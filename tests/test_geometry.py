@@ -1,18 +1,19 @@
 import numpy as np
 import pytest
 import torch
+from strangers import STRANGERS
 
-from helpers.engine import kernels as models
+from helpers import problems
+from helpers.engine import stack
 from helpers.measure import geometry
 
 
-def moved_model():
-    """A model of two replicas whose every parameter has moved, and its initial weights."""
-    model = models.build("brownlee_mlp", (2,), 3, [0, 1])
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-    generator = torch.Generator().manual_seed(0)
+def moved_model(problem=None):
+    """A stack of two replicas whose every parameter has moved, and its initial weights."""
+    model = stack.build(problem or problems.named("blobs", "brownlee_mlp", device="cpu"), [0, 1])
+    initial, generator = model.weights(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.parameters.values():
             p += torch.randn(p.shape, generator=generator)
     return model, initial
 
@@ -22,20 +23,21 @@ def norm(*arrays):
 
 
 def test_weight_norm_is_the_euclidean_norm_of_weights_and_biases_together():
-    weights = {name: p.detach() for name, p in moved_model()[0].named_parameters()}
+    weights = moved_model()[0].weights()
     for replica, ours in enumerate(geometry.weight_norm(weights)):
         assert ours.item() == pytest.approx(norm(*(w[replica].numpy() for w in weights.values())), rel=1e-12)
 
 
-def test_distances_are_those_of_numpy_in_all_by_kind_and_by_parameter():
-    model, initial = moved_model()
+@pytest.mark.parametrize("name", [None, "lstm", "transformer", "dropout"])
+def test_distances_are_those_of_numpy_in_all_by_kind_and_by_parameter(name):
+    model, initial = moved_model(STRANGERS[name]() if name else None)
     ours = geometry.distances(model, initial)
     for replica in range(2):
-        steps = {k: (p.detach() - initial[k])[replica].numpy() for k, p in model.named_parameters()}
-        biases = [v for k, v in steps.items() if k.endswith("bias")]
-        weights = [v for k, v in steps.items() if k.endswith("weight")]
+        steps = {k: (p.detach() - initial[k])[replica].numpy() for k, p in model.parameters.items()}
+        biases = [v for k, v in steps.items() if "bias" in k]
+        weights = [v for k, v in steps.items() if "bias" not in k]
         expected = {
-            "weight_norm": norm(*(p.detach()[replica].numpy() for p in model.parameters())),
+            "weight_norm": norm(*(p.detach()[replica].numpy() for p in model.parameters.values())),
             "distance_from_init": norm(*steps.values()),
             "distance_weights": norm(*weights),
             "distance_biases": norm(*biases),
@@ -54,5 +56,5 @@ def test_squared_distances_of_weights_and_biases_add_up():
 
 def test_nothing_moved_is_no_distance():
     model = moved_model()[0]
-    ours = geometry.distances(model, {name: p.detach().clone() for name, p in model.named_parameters()})
+    ours = geometry.distances(model, model.weights())
     assert all(value.tolist() == [0, 0] for name, value in ours.items() if name != "weight_norm")

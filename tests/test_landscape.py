@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -5,27 +6,37 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from strangers import STRANGERS, initial, twin
 
-from helpers.engine import kernels as models
+from helpers import problems
+from helpers.engine import stack
 from helpers.engine.training import Training
 from helpers.measure import landscape
 from helpers.measure.landscape import Landscape
-from helpers.problems import data
+from helpers.problems import Net, Problem, Solution, nets
 
-BLOBS = data.load("blobs", device="cpu")
-DIGITS = data.load("digits", num_train=200, device="cpu")
+BLOBS = problems.load("blobs", device="cpu")
+DIGITS = problems.load("digits", num_train=200, device="cpu")
+LOSSES = list(problems.LOSSES)
+
+
+def problem_of(model="brownlee_mlp", dataset=BLOBS, loss="cross_entropy"):
+    net = nets.NETS.get(model) or functools.partial(
+        nets.MLP, hidden=(12, 9), initialise=nets.he_uniform_then_xavier_uniform
+    )
+    net = functools.partial(net, dataset.input_shape, dataset.num_classes)
+    return Problem(dataset, Net(net, key=model), problems.LOSSES[loss])
 
 
 def weights_of(model="brownlee_mlp", dataset=BLOBS, seed=0):
-    """A network's weights in float64, its biases moved off 0 so that they matter."""
-    net = models.build(model, dataset.input_shape, dataset.num_classes, [seed]).double()
-    generator = torch.Generator().manual_seed(1)
-    noise = {k: torch.randn(p.shape, generator=generator, dtype=torch.float64) for k, p in net.named_parameters()}
-    return {k: p.detach() + 0.05 * noise[k] for k, p in net.named_parameters()}
+    """A net's weights in float64, its biases moved off 0 so that they matter."""
+    generator, weights = torch.Generator().manual_seed(1), stack.build(problem_of(model, dataset), [seed]).weights()
+    return {k: p.double() + 0.05 * torch.randn(p.shape, generator=generator).double() for k, p in weights.items()}
 
 
-def of(weights=None, **options):
-    return Landscape(BLOBS, "brownlee_mlp", weights or weights_of(), **{"dtype": torch.float64, **options})
+def of(weights=None, loss="cross_entropy", **options):
+    solution = Solution(problem_of(loss=loss), weights or weights_of())
+    return Landscape(solution, **{"dtype": torch.float64, **options})
 
 
 def vector(weights):
@@ -41,14 +52,19 @@ def explicit_loss(weights, inputs, targets, loss):
     return 0.5 * ((logits - F.one_hot(targets, 3)) ** 2).sum(1).mean()
 
 
+def examples_of(here):
+    """All the examples of a landscape."""
+    return [torch.cat(tensors) for tensors in zip(*here.batches)]
+
+
 def explicit_hessian(here, weights, loss):
     """Of the mean loss over a landscape's examples."""
-    shapes = {name: w.shape for name, w in weights.items()}
+    shapes, (inputs, targets) = {name: w.shape for name, w in weights.items()}, examples_of(here)
 
     def function(flat):
         parts = flat.split([s.numel() for s in shapes.values()])
         named = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items())}
-        return explicit_loss(named, here.inputs, here.targets, loss)
+        return explicit_loss(named, inputs, targets, loss)
 
     return torch.autograd.functional.hessian(function, torch.from_numpy(vector(weights))).numpy()
 
@@ -76,20 +92,19 @@ class Quadratic:
 # The loss and its derivatives
 
 
-@pytest.mark.parametrize("loss", models.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_loss_and_accuracy_of_all_examples_are_the_trainings(split, loss):
-    training = Training(BLOBS, "brownlee_mlp", seeds=[3], batch_size=50, lr=0.002, loss=loss)
-    training.advance(epochs=2)
-    inputs, targets = getattr(BLOBS, f"{split}_inputs"), getattr(BLOBS, f"{split}_targets")
-    here = Landscape(BLOBS, "brownlee_mlp", training.weights(), split=split, loss=loss)
+    problem = problem_of(loss=loss)
+    training = Training(problem, seeds=[3], batch_size=50, lr=0.002).advance(epochs=2)
+    here = Landscape(Solution(problem, training.weights()), split=split)
     value, accuracy = here.loss(here.origin)
-    expected = [float(x) for x in training.evaluate(inputs, targets)]
+    expected = [float(x) for x in training.evaluate(split)]
     assert (value, accuracy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
     assert here.description == f"500 {split} examples"
 
 
-@pytest.mark.parametrize("loss", models.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_gradient_equals_finite_differences_of_the_loss(loss):
     here, step = of(loss=loss, examples=60), 1e-6
     value, gradient = here.gradient(here.origin)
@@ -100,7 +115,7 @@ def test_the_gradient_equals_finite_differences_of_the_loss(loss):
     np.testing.assert_allclose(gradient, slopes, atol=1e-6 * np.abs(gradient).max())
 
 
-@pytest.mark.parametrize("loss", models.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_hessian_vector_is_the_explicit_hessian_times_the_vector(loss):
     here = of(loss=loss, examples=60)
     hessian = explicit_hessian(here, weights_of(), loss)
@@ -119,7 +134,7 @@ def test_the_hessian_is_that_at_the_origin_wherever_the_loss_was_asked_for_last(
     np.testing.assert_array_equal(here.hessian_vector(v), before)
 
 
-@pytest.mark.parametrize("loss", models.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_eigenvalues_are_the_largest_of_the_explicit_hessian(loss):
     here = of(loss=loss, examples=60)
     expected = np.linalg.eigvalsh(explicit_hessian(here, weights_of(), loss))[::-1][:5]
@@ -149,7 +164,7 @@ def test_an_eigenvalue_that_has_not_converged_is_nan():
 def test_a_diverged_network_has_no_eigenvalues_and_no_box_sharpness(what):
     factor = {"nan": math.nan, "inf": math.inf, "overflow": 1e30}[what]
     lost = {name: w.float() * factor for name, w in weights_of().items()}
-    frame = landscape.spectrum(BLOBS, "brownlee_mlp", lost, seed=0, count=3)
+    frame = landscape.spectrum(Solution(problem_of(), lost), seed=0, count=3)
     assert frame["rank"].tolist() == [1, 2, 3]
     assert frame["eigenvalue"].isna().all() and not frame["converged"].any() and not frame["products"].any()
     assert math.isnan(landscape.box_sharpness(of(lost, dtype=torch.float32)))
@@ -165,9 +180,9 @@ def test_a_hessian_that_is_zero_or_not_finite_has_no_eigenvalues(curvature):
 
 
 def test_spectrum_is_the_eigenvalues_of_the_landscape_asked_for():
-    options = {"split": "test", "examples": 60, "loss": "squared"}
-    frame = landscape.spectrum(BLOBS, "brownlee_mlp", weights_of(), seed=0, count=2, **options)
-    expected = landscape.eigenvalues(of(dtype=torch.float32, **options), 2)
+    options = {"split": "test", "examples": 60}
+    frame = landscape.spectrum(Solution(problem_of(loss="squared"), weights_of()), seed=0, count=2, **options)
+    expected = landscape.eigenvalues(of(dtype=torch.float32, loss="squared", **options), 2)
     np.testing.assert_allclose(frame["eigenvalue"], expected["eigenvalue"], rtol=1e-5)
     assert frame["rank"].tolist() == [1, 2]
 
@@ -176,20 +191,21 @@ def test_spectrum_is_the_eigenvalues_of_the_landscape_asked_for():
 
 
 def test_the_examples_are_the_same_for_every_network():
-    few, other = of(examples=50), of(weights_of(seed=5), examples=50)
-    large = Landscape(BLOBS, "small_mlp", weights_of("small_mlp"), examples=50)
-    assert torch.equal(few.inputs, other.inputs) and torch.equal(few.targets, other.targets)
-    assert torch.equal(few.inputs.float(), large.inputs) and torch.equal(few.targets, large.targets)
+    few, other = examples_of(of(examples=50)), examples_of(of(weights_of(seed=5), examples=50))
+    large = Landscape(Solution(problem_of("small_mlp"), weights_of("small_mlp")), examples=50)
+    ordinary = Landscape(twin(Solution(problem_of(), weights_of()), [50]), examples=50)
+    for found in (other, examples_of(large), examples_of(ordinary)):
+        assert torch.equal(few[0].float(), found[0].float()) and torch.equal(few[1], found[1])
     given = [(*x, y) for x, y in zip(BLOBS.train_inputs.tolist(), BLOBS.train_targets.tolist())]
-    mine = [(*x, y) for x, y in zip(few.inputs.tolist(), few.targets.tolist())]
+    mine = [(*x, y) for x, y in zip(few[0].tolist(), few[1].tolist())]
     assert len(set(mine)) == 50 and set(mine) < set(given)
-    assert not torch.equal(few.targets, BLOBS.train_targets[:50])  # drawn, in case a set is sorted
-    assert few.description == "50 train examples"
+    assert not torch.equal(few[1], BLOBS.train_targets[:50])  # drawn, in case a set is sorted
+    assert of(examples=50).description == "50 train examples"
 
 
 def test_the_mean_is_over_the_chosen_examples():
     few = of(examples=50)
-    expected = explicit_loss(weights_of(), few.inputs, few.targets, "cross_entropy").item()
+    expected = explicit_loss(weights_of(), *examples_of(few), "cross_entropy").item()
     assert few.loss(few.origin)[0] == pytest.approx(expected, rel=1e-12)
     assert few.gradient(few.origin)[0] == pytest.approx(expected, rel=1e-12)
 
@@ -201,24 +217,23 @@ def test_more_examples_than_there_are_are_refused(split, examples):
         of(examples=examples, split=split)
 
 
-def test_an_unknown_loss_is_refused():
-    with pytest.raises(ValueError, match="unknown loss 'hinge'; choose one of: cross_entropy, squared"):
-        of(loss="hinge")
+def test_without_a_test_set_there_is_no_landscape_of_it():
+    with pytest.raises(ValueError, match=r"expected 1 to 0 \(the test set\)"):
+        Landscape(initial(STRANGERS["lstm"]()), split="test")
 
 
-@pytest.mark.parametrize("loss", models.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_chunks_change_nothing(monkeypatch, loss):
-    here, sizes = of(loss=loss), []
-    v = np.random.default_rng(0).normal(size=len(here.origin))
-    whole = here.loss(here.origin), here.gradient(here.origin), here.hessian_vector(v)
+    whole = of(loss=loss)
+    v = np.random.default_rng(0).normal(size=len(whole.origin))
     monkeypatch.setattr(landscape, "_CHUNK", 7)
-    here.net.register_forward_pre_hook(lambda net, given: sizes.append(given[0].shape[1]))
-    assert here.loss(here.origin) == pytest.approx(whole[0], rel=1e-12)
-    assert sizes == [7] * 71 + [3]
-    value, gradient = here.gradient(here.origin)
-    assert value == pytest.approx(whole[1][0], rel=1e-12)
-    np.testing.assert_allclose(gradient, whole[1][1], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(here.hessian_vector(v), whole[2], rtol=1e-9, atol=1e-12)
+    here = of(loss=loss)
+    assert [len(targets) for _, targets in here.batches] == [7] * 71 + [3]
+    assert here.loss(here.origin) == pytest.approx(whole.loss(whole.origin), rel=1e-12)
+    (value, gradient), expected = here.gradient(here.origin), whole.gradient(whole.origin)
+    assert value == pytest.approx(expected[0], rel=1e-12)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(here.hessian_vector(v), whole.hessian_vector(v), rtol=1e-9, atol=1e-12)
 
 
 def test_the_origin_is_the_weights_to_the_last_bit_of_float64():
@@ -283,7 +298,7 @@ def test_box_sharpness_stops_after_so_many_iterations():
 
 def test_boxes_has_a_row_for_each_size_and_space():
     frame = landscape.boxes(
-        BLOBS, "brownlee_mlp", weights_of(), seed=0, epsilons=[1e-3, 5e-4], dimensions=[None, 4], examples=50
+        Solution(problem_of(), weights_of()), seed=0, epsilons=[1e-3, 5e-4], dimensions=[None, 4], examples=50
     )
     here = of(examples=50)
     rows = list(frame.itertuples(index=False, name=None))
@@ -311,7 +326,7 @@ def test_the_ends_of_a_line_are_the_two_solutions():
 @pytest.mark.parametrize("model", ["brownlee_mlp", "plain_cnn"])
 def test_a_filter_normalised_direction_is_as_long_as_the_weights_unit_by_unit(model):
     weights = weights_of(model, DIGITS)
-    here = Landscape(DIGITS, model, weights, examples=1, dtype=torch.float64)
+    here = Landscape(Solution(problem_of(model, DIGITS), weights), examples=1, dtype=torch.float64)
     direction = landscape.filter_normalised(here, seed=3)
     assert direction.shape == here.origin.shape
     parts = np.split(direction, np.cumsum([w.numel() for w in weights.values()])[:-1])
@@ -327,25 +342,74 @@ def test_a_filter_normalised_direction_is_as_long_as_the_weights_unit_by_unit(mo
 
 
 @pytest.mark.parametrize("factor", [3.0, 0.1])
-@pytest.mark.parametrize("model", ["brownlee_mlp", "two_layers", "plain_cnn"])
-def test_a_rescaled_network_is_the_same_function_and_has_other_eigenvalues(monkeypatch, model, factor):
-    two = (lambda *a: models.MLP(*a, hidden=[12, 9]), models.MODELS["brownlee_mlp"][1])
-    monkeypatch.setitem(models.MODELS, "two_layers", two)
-    weights = weights_of(model, DIGITS)
-    other = landscape.rescale(weights, factor)
-    assert other.keys() == weights.keys()
-    logits, values = [], []
-    for w in (weights, other):
-        net = models.build(model, DIGITS.input_shape, DIGITS.num_classes, [0]).double().restore(w)
-        logits.append(net(DIGITS.train_inputs[None, :10].double()).detach())
-        here = Landscape(DIGITS, model, w, examples=10, dtype=torch.float64)
+@pytest.mark.parametrize("model", ["brownlee_mlp", "two_layers", "plain_cnn", "sequential"])
+def test_a_rescaled_network_is_the_same_function_and_has_other_eigenvalues(model, factor):
+    solution = Solution(problem_of(model, DIGITS), weights_of(model, DIGITS))
+    if model == "sequential":
+        solution = twin(Solution(problem_of(dataset=DIGITS), weights_of(dataset=DIGITS)), [50])
+    other = landscape.rescale(solution, factor)
+    assert other.weights.keys() == solution.weights.keys()
+    outputs, values = [], []
+    for one in (solution, other):
+        here = Landscape(one, examples=10, dtype=torch.float64)
+        outputs.append(here.stack.outputs(here.batches[0][0]).detach())
         values.append(landscape.eigenvalues(here)["eigenvalue"][0])
-    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-12, atol=1e-12 * logits[0].abs().max())
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-12, atol=1e-12 * outputs[0].abs().max())
     assert abs(math.log(values[1] / values[0])) > 0.2
-    assert sum(not torch.equal(other[name], w) for name, w in weights.items()) == 3
+    assert sum(not torch.equal(other.weights[name], w) for name, w in solution.weights.items()) == 3
 
 
 @pytest.mark.parametrize("factor", [0.0, -2.0, float("nan"), float("inf")])
 def test_a_factor_that_changes_the_function_is_refused(factor):
     with pytest.raises(ValueError, match="expected a finite number above 0"):
-        landscape.rescale({}, factor)
+        landscape.rescale(Solution(problem_of(), {}), factor)
+
+
+@pytest.mark.parametrize("name", ["batch norm", "dropout", "lstm", "transformer", "regression"])
+def test_a_net_that_cannot_be_rescaled_is_refused(name):
+    with pytest.raises(ValueError, match="is no plain ReLU net with a hidden layer"):
+        landscape.rescale(initial(STRANGERS[name]()), 2.0)
+
+
+# Nets that the package does not know
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_derivatives_of_any_net_equal_finite_differences(name):
+    solution, step = initial(STRANGERS[name]()), 1e-5
+    here = Landscape(solution, dtype=torch.float64)
+    assert len(here.origin) == sum(p.numel() for p in solution.problem.net.module(0).parameters())
+    v = np.random.default_rng(0).normal(size=len(here.origin))
+    value, gradient = here.gradient(here.origin)
+    (up, above), (down, below) = here.gradient(here.origin + step * v), here.gradient(here.origin - step * v)
+    assert gradient @ v == pytest.approx((up - down) / (2 * step), rel=1e-5)
+    change = (above - below) / (2 * step)
+    np.testing.assert_allclose(here.hessian_vector(v), change, atol=1e-5 * np.abs(change).max())
+    loss, accuracy = here.loss(here.origin)
+    assert loss == pytest.approx(value, rel=1e-12)
+    assert math.isnan(accuracy) == (name == "regression") and not accuracy < 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_general_path_agrees_with_the_kernels(loss):
+    fast = Solution(problem_of(loss=loss), weights_of())
+    one, other = (Landscape(s, dtype=torch.float64) for s in (fast, twin(fast, [50])))
+    assert one.loss(one.origin) == pytest.approx(other.loss(other.origin), rel=1e-12)
+    assert landscape.box_sharpness(one) == pytest.approx(landscape.box_sharpness(other), rel=1e-6)
+    ours, theirs = (landscape.eigenvalues(here, 3, tolerance=1e-10).eigenvalue for here in (one, other))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-9)
+
+
+def test_the_spectrum_of_a_transformer_in_float32_and_its_directions():
+    solution = initial(STRANGERS["transformer"]())
+    single, double = (
+        landscape.spectrum(solution, seed=0, count=2, dtype=dtype) for dtype in (torch.float32, torch.float64)
+    )
+    np.testing.assert_allclose(single.eigenvalue, double.eigenvalue, rtol=1e-3)
+    here = Landscape(solution)
+    direction = landscape.filter_normalised(here, seed=1)
+    parts = np.split(direction, np.cumsum([p.numel() for p in here.stack.parameters.values()])[:-1])
+    for part, (name, p) in zip(parts, here.stack.parameters.items()):
+        lengths = p[0].norm(dim=-1) if p.dim() > 2 else torch.zeros(p[0].shape)
+        np.testing.assert_allclose(np.linalg.norm(part.reshape(p[0].shape), axis=-1) if p.dim() > 2 else part, lengths,
+                                   rtol=1e-6, err_msg=name)  # fmt: skip

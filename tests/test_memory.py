@@ -4,27 +4,31 @@ import os
 import platform
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.engine import kernels as models
+from helpers import Dataset, Net, Problem, problems
+from helpers.engine import stack
+from helpers.engine.micro import exhausted
 from helpers.engine.training import Training
 from helpers.measure import memory
-from helpers.problems import data
 
-DIGITS = data.load("digits", device="cpu")
 SCALAR = 4  # cross-entropy keeps the total weight of the examples, a number
 
 
+def digits(model, **options):
+    return problems.named("digits", model, device="cpu", **options)
+
+
 def saved_by_a_forward_pass(name, batch, replicas=1, **options):
-    model = models.build(name, (1, 8, 8), 10, range(replicas), **options)
-    x, y = torch.rand(replicas, batch, 1, 8, 8), torch.zeros(replicas * batch, dtype=torch.int64)
-    with memory.Saved(without=[*model.parameters(), *model.buffers(), x, y]) as saved:
-        loss = F.cross_entropy(model(x).flatten(0, 1), y)
+    net = stack.build(digits(name, **options), range(replicas))
+    x, y = torch.rand(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.int64)
+    x, y = x.repeat(replicas, 1, 1, 1, 1), y.repeat(replicas, 1)
+    with memory.Saved(without=[*net.parameters.values(), *net.buffers().values(), x, y]) as saved:
+        loss = F.cross_entropy(net.kernel(x).flatten(0, 1), y.flatten())
     assert loss.requires_grad
     return saved.now
 
@@ -33,8 +37,8 @@ def saved_by_a_forward_pass(name, batch, replicas=1, **options):
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-@pytest.mark.parametrize("batch", [1, 7, 64])
-@pytest.mark.parametrize(("name", "hidden"), [("brownlee_mlp", [50]), ("small_mlp", [128]), ("keskar_mlp", [512] * 5)])
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize(("name", "hidden"), [("brownlee_mlp", [50]), ("keskar_mlp", [512] * 5)])
 def test_a_perceptron_keeps_the_output_of_each_relu_and_the_log_probabilities(name, hidden, batch, replicas):
     expected = 4 * replicas * batch * (sum(hidden) + 10) + SCALAR
     assert saved_by_a_forward_pass(name, batch, replicas) == expected
@@ -51,8 +55,8 @@ def test_group_normalisation_keeps_its_input_and_two_numbers_a_group():
 
 
 def test_a_step_keeps_its_minibatch_too_and_lets_go_of_all():
-    training = Training(DIGITS, "small_mlp", batch_size=30)
-    with memory.Saved(without=training.model.parameters()) as saved:
+    training = Training(digits("small_mlp"), batch_size=30, closed_form=False)
+    with memory.Saved(without=training.stack.parameters.values()) as saved:
         training.advance(steps=3, record=False)
     assert saved.peak == 30 * (4 * (64 + 128 + 10) + 8) + SCALAR  # inputs and targets: float32 and int64
     assert saved.now == 0
@@ -60,8 +64,8 @@ def test_a_step_keeps_its_minibatch_too_and_lets_go_of_all():
 
 @pytest.mark.parametrize("batch_size", [24, 240, 245])
 def test_accumulation_keeps_one_micro_batch_at_a_time(batch_size):
-    training = Training(DIGITS, "small_mlp", batch_size=batch_size, micro_batch_size=24)
-    with memory.Saved(without=training.model.parameters()) as saved:
+    training = Training(digits("small_mlp"), batch_size=batch_size, micro_batch_size=24, closed_form=False)
+    with memory.Saved(without=training.stack.parameters.values()) as saved:
         training.step()
     assert saved.peak == 24 * (4 * (64 + 128 + 10) + 8) + SCALAR
 
@@ -82,8 +86,8 @@ def test_a_storage_is_counted_once_and_whole():
 
 
 def test_counting_changes_no_gradient():
-    one, other = (Training(DIGITS, "plain_cnn", batch_size=30, norm="batch") for _ in range(2))
-    with memory.Saved(without=one.model.parameters()):
+    one, other = (Training(digits("plain_cnn", norm="batch"), batch_size=30) for _ in range(2))
+    with memory.Saved(without=one.stack.parameters.values()):
         one.advance(steps=3, record=False)
     other.advance(steps=3, record=False)
     assert all(torch.equal(w, other.weights()[name]) for name, w in one.weights().items())
@@ -139,22 +143,33 @@ def test_the_peak_of_the_resident_set_is_what_was_in_use_at_once_whatever_ran_be
         assert found == pytest.approx(expected, abs=3e6)
 
 
-def held_a_while():
-    kept = allocate(40)
-    time.sleep(1)
-    return kept
+def test_where_the_system_cannot_reset_its_peak_a_fresh_process_has_it():
+    fresh = memory._process.__wrapped__(1)
+    assert fresh.submit(memory._lifetime_peak, together).result() == pytest.approx(120e6, abs=30e6)
+    fresh.shutdown()
 
 
-def test_where_the_system_keeps_no_peak_the_resident_set_is_watched():
-    # In the process that `peaks` uses too: the tests' own has freed blocks left, from which it would be served.
-    process = memory._process(torch.get_num_threads())
-    assert process.submit(memory._watched_peak, held_a_while).result() == pytest.approx(40e6, abs=3e6)
-    assert process.submit(memory._watched_peak, nothing).result() == pytest.approx(0, abs=3e6)
+def test_the_step_of_a_net_of_ones_own_is_measured():
+    class Own(torch.nn.Linear):
+        pass
+
+    data = Dataset.of(torch.rand(4_000, 1_000), torch.arange(4_000) % 5, device="cpu")
+    problem = Problem(data, Net(lambda: torch.nn.Sequential(Own(1_000, 500), torch.nn.Tanh(), Own(500, 5))))
+    small, large = memory.peaks([Training(problem, batch_size=b).step for b in (1_000, 4_000)])
+    per_example = 4 * (1_000 + 500)  # its inputs, and what tanh returns, at least
+    assert 3_000 * per_example * 0.9 < large - small < 3_000 * per_example * 4
+
+
+def test_the_largest_batch_of_a_budget_is_predicted():
+    problem, batches = digits("plain_cnn"), (200, 400, 800)
+    line = memory.fit_line(batches, memory.peaks([Training(problem, batch_size=b).step for b in batches]))
+    found = memory.largest_batch(problem, line(600), batches, optimizer="adam")
+    assert found == pytest.approx(600, rel=0.15)
 
 
 def test_the_peak_of_a_step_is_at_least_what_it_saves_and_flat_in_the_accumulation_steps():
-    steps = [Training(DIGITS, "plain_cnn", batch_size=b, micro_batch_size=300) for b in (300, 600)]
-    with memory.Saved(without=steps[0].model.parameters()) as saved:
+    steps = [Training(digits("plain_cnn"), batch_size=b, micro_batch_size=300) for b in (300, 600)]
+    with memory.Saved(without=steps[0].stack.parameters.values()) as saved:
         steps[0].branch().step()
     one, two = memory.peaks([training.step for training in steps])
     assert saved.peak < one < 3 * saved.peak
@@ -196,8 +211,8 @@ def test_the_residual_is_the_largest_relative_one_of_least_squares():
 
 def test_saved_bytes_are_a_straight_line_and_the_largest_batch_is_the_largest():
     def step(batch, limit=np.inf):
-        training = Training(DIGITS, "plain_cnn", batch_size=batch)
-        with memory.Saved(without=training.model.parameters(), limit=limit) as saved:
+        training = Training(digits("plain_cnn"), batch_size=batch)
+        with memory.Saved(without=training.stack.parameters.values(), limit=limit) as saved:
             training.step()
         return saved.peak
 
@@ -227,7 +242,7 @@ def test_a_budget_that_holds_nothing_is_refused():
 def test_a_real_failure_of_the_cpus_allocator_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert memory.exhausted(caught.value)
+    assert exhausted(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -243,12 +258,12 @@ def test_a_real_failure_of_the_cpus_allocator_is_recognised():
     ],
 )
 def test_errors_of_memory_are_told_from_others(error, expected):
-    assert memory.exhausted(error) is expected
+    assert exhausted(error) is expected
 
 
 FAULTS = """
 import resource, sys, torch
-from helpers.engine import kernels as models
+from helpers.engine import kernels
 from helpers.sweep import processes
 if sys.argv[1] == "kept":
     processes.keep_freed_memory()
