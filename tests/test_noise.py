@@ -48,12 +48,18 @@ def examples(indices):
     return DIGITS.train_inputs[indices].double().numpy(), DIGITS.train_targets[indices].numpy()
 
 
+def squares(net, *batch):
+    """Squared norms of each example's gradient, and of their mean's."""
+    norms, mean, _ = noise.of_examples(net, *batch)
+    return norms, sum(g.flatten(1).double().square().sum(1) for g in mean.values())
+
+
 # Example by example
 
 
 def test_per_example_norms_of_an_mlp_equal_an_explicit_loop():
     net = network(seeds=range(3))
-    norms, mean = noise.per_example_squared_norms(net, DIGITS.train_inputs[:9], DIGITS.train_targets[:9])
+    norms, mean = squares(net, DIGITS.train_inputs[:9], DIGITS.train_targets[:9])
     assert (norms.shape, mean.shape, norms.dtype, mean.dtype) == ((3, 9), (3,), torch.float64, torch.float64)
     for replica in range(3):
         w = one_replica(weights_of(net, replica))
@@ -67,7 +73,7 @@ def test_per_example_norms_of_an_mlp_equal_an_explicit_loop():
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_per_example_norms_equal_one_example_at_a_time(model, replicas, norm):
     net, n = network(model, range(replicas), norm), 5
-    norms, mean = noise.per_example_squared_norms(net, DIGITS.train_inputs[:n], DIGITS.train_targets[:n])
+    norms, mean = squares(net, DIGITS.train_inputs[:n], DIGITS.train_targets[:n])
     for replica in range(replicas):
         _, each = gradients_one_by_one(solution_of(net, replica, n))
         np.testing.assert_allclose(norms[replica], each.square().sum(1), rtol=1e-4)
@@ -80,7 +86,7 @@ def test_closed_forms_torch_func_and_a_loop_agree_whatever_is_held_at_a_time(mod
     net, batch = network(model, range(2)), (DIGITS.train_inputs[:7], DIGITS.train_targets[:7])
     closed = noise.of_examples(net, *batch)
     monkeypatch.setattr(noise, "_GRADIENT_BYTES", held)
-    monkeypatch.setattr(kernels, "examples", lambda *_: None)
+    monkeypatch.setattr(stack.Kernel, "closed_form", False)
     general = noise.of_examples(net, *batch)
     monkeypatch.setattr(noise, "_vmap_agrees", lambda *_: False)
     for found in (general, noise.of_examples(net, *batch)):
@@ -97,7 +103,7 @@ def test_under_batch_normalisation_an_example_has_no_gradient_of_its_own(model):
         with pytest.raises(ValueError, match=r"\(norms.0\) an example has no gradient of its own.* call eval\(\)"):
             measure()
     _, each = gradients_one_by_one(solution_of(net, 0, 5))
-    found = noise.per_example_squared_norms(net.eval(), *batch)[0][0]
+    found = squares(net.eval(), *batch)[0][0]
     np.testing.assert_allclose(found, each.square().sum(1), rtol=1e-4)
 
 
@@ -144,7 +150,7 @@ def test_measuring_noise_leaves_no_hook_and_no_gradient_behind(model, norm):
 def test_the_hooks_go_where_a_forward_pass_fails_too():
     net = network("plain_cnn")
     with pytest.raises(RuntimeError):
-        noise.per_example_squared_norms(net, torch.zeros(4, 1, 3, 3), torch.zeros(4, dtype=torch.int64))
+        squares(net, torch.zeros(4, 1, 3, 3), torch.zeros(4, dtype=torch.int64))
     assert not any(m._forward_hooks for m in net.kernel.modules())
 
 

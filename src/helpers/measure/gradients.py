@@ -73,16 +73,8 @@ def cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda t: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t, values)
 
 
-def walk(
-    solution: Solution,
-    *,
-    batch_sizes: Sequence[int],
-    trials: Sequence[int],
-    draw_size: int = 1024,
-    lr: float = 0.01,
-    seed: int = 0,
-    layers: str = "last",
-) -> pd.DataFrame:
+def walk(solution: Solution, *, batch_sizes: Sequence[int], trials: Sequence[int], draw_size: int = 1024,
+         lr: float = 0.01, seed: int = 0, layers: str = "last") -> pd.DataFrame:  # fmt: skip
     """The write-up's protocol (Shen 2018): an SGD step after each minibatch; the weights are reset for each size.
 
     batch_sizes: sizes to split a draw into. trials: numbers of the draws; each size splits the same ones.
@@ -92,10 +84,8 @@ def walk(
     Returns one row per (batch_size, trial): ``gradient_norm`` and ``tail_fraction`` (entries beyond ``TAIL``) of the
     last layer's weight. Raises ValueError under batch normalisation.
     """
-    for batch_size in batch_sizes:
-        check_split(batch_size, draw_size)
     s, dataset = _measured(solution, "walk"), solution.problem.dataset
-    last, recorded = _recorded(s, solution, layers)
+    last, recorded = _recorded(s, solution, layers, batch_sizes, draw_size)
     draws = {trial: draw(dataset.num_train, draw_size, seed, trial).to(dataset.device) for trial in trials}
     if kernels.walks_lazily(s, draw_size):
         lazily = ((t, kernels.walk_lazily(s, indices, batch_sizes, lr, recorded)) for t, indices in draws.items())
@@ -103,10 +93,13 @@ def walk(
             [row for t, totals in lazily for b, total in zip(batch_sizes, totals) for row in _rows(total, last, b, [t])]
         )
     added = {*recorded, f"{last.rpartition('.')[0]}.bias"}  # a kernel adds a layer's weight and bias together
+    size = sum(p[0].numel() * p.element_size() for p in s.parameters.values())
+    together = len(trials) if dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // size))
+    together = together if s.kernel is not None else 1  # replicas are modules, and gain nothing from each other
     rows = []
-    for chunk in _side_by_side(s, trials):
-        indices = torch.stack([draws[trial] for trial in chunk])
-        s = stack.at(solution, len(chunk))
+    for start in range(0, len(trials), together):
+        chunk = list(trials[start : start + together])
+        indices, s = torch.stack([draws[trial] for trial in chunk]), stack.at(solution, len(chunk))
         for batch_size in batch_sizes:
             s.load(solution.weights)
             total = {name: torch.zeros_like(p) for name, p in s.parameters.items() if name in added}
@@ -115,14 +108,6 @@ def walk(
                     _descend(s, *s.batch(minibatch), lr, total, share(minibatch.shape[1], draw_size))
             rows += _rows({name: total[name] for name in recorded}, last, batch_size, chunk)
     return pd.DataFrame(rows)
-
-
-def _side_by_side(s: Stack, trials: Sequence[int]) -> list[list[int]]:
-    """Split trials into stacks of replicas; a net without a kernel walks one trial at a time."""
-    size = sum(p[0].numel() * p.element_size() for p in s.parameters.values())
-    together = len(trials) if s.problem.dataset.device.type != "cpu" else max(1, int(_STACK_BYTES // size))
-    together = together if s.kernel is not None else 1
-    return [list(trials[start : start + together]) for start in range(0, len(trials), together)]
 
 
 def _descend(s: Stack, inputs: Any, targets: Any, lr: float, total: dict[str, torch.Tensor], by: float) -> None:
@@ -137,24 +122,15 @@ def _descend(s: Stack, inputs: Any, targets: Any, lr: float, total: dict[str, to
             s.parameters[name].sub_(g, alpha=lr)
 
 
-def frozen(
-    solution: Solution,
-    *,
-    batch_sizes: Sequence[int],
-    trials: Sequence[int],
-    draw_size: int = 1024,
-    seed: int = 0,
-    layers: str = "last",
-) -> pd.DataFrame:
+def frozen(solution: Solution, *, batch_sizes: Sequence[int], trials: Sequence[int], draw_size: int = 1024,
+           seed: int = 0, layers: str = "last") -> pd.DataFrame:  # fmt: skip
     """The same draws and sums as ``walk``, at fixed weights; same columns.
 
     With ``layers="last"`` also ``minibatch_noise``: the root mean square distance between a minibatch's gradient and
     the gradient over the whole training set.
     """
-    for batch_size in batch_sizes:
-        check_split(batch_size, draw_size)
     s, dataset = _measured(solution, "frozen"), solution.problem.dataset
-    last, recorded = _recorded(s, solution, layers)
+    last, recorded = _recorded(s, solution, layers, batch_sizes, draw_size)
     rows = []
     with deterministic(s):
         full = _full_gradient(s, last) if layers == "last" else None
@@ -223,8 +199,12 @@ def _measured(solution: Solution, what: str, dtype: torch.dtype | None = None) -
     return s
 
 
-def _recorded(s: Stack, solution: Solution, layers: str) -> tuple[str, list[str]]:
-    """The name of the last layer's weight, and the names of all that are recorded."""
+def _recorded(
+    s: Stack, solution: Solution, layers: str, batch_sizes: Sequence[int], draw_size: int
+) -> tuple[str, list[str]]:
+    """Check the arguments; returns the name of the last layer's weight, and the names of all that are recorded."""
+    for batch_size in batch_sizes:
+        check_split(batch_size, draw_size)
     if layers not in ("last", "all"):
         raise ValueError(f"layers is {layers!r}; expected 'last' or 'all'")
     names = [name for name in solution.weights if name in s.parameters]
@@ -241,7 +221,7 @@ def check_split(batch_size: int, draw_size: int) -> int:
 
 
 def _minibatch_gradients(
-    s: Stack, minibatches: torch.Tensor, recorded: Sequence[str]
+    s: Stack, minibatches: torch.Tensor, recorded: list[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, gradients ``(k, *parameter)``) of the mean losses of ``minibatches`` ``(n, batch)``."""
     if s.kernel is not None and len(recorded) == 1:
@@ -254,14 +234,11 @@ def _minibatch_gradients(
 
 def _full_gradient(s: Stack, last: str) -> torch.Tensor:
     """The last layer's gradient of the mean loss over the training set, in chunks: ``(1, *parameter)``."""
-    dataset, size = s.problem.dataset, s.chunk if s.kernel is None else _CHUNK
-    chunks = torch.arange(dataset.num_train, device=dataset.device).split(size)
-    gradients = [
-        gradient.cpu().double() * share(len(chunk), dataset.num_train)
-        for chunk in chunks
-        for _, gradient in _minibatch_gradients(s, chunk.unsqueeze(0), [last])
-    ]
-    return torch.stack(gradients).sum(0).float().to(dataset.device)
+    dataset, total = s.problem.dataset, []
+    for chunk in torch.arange(dataset.num_train, device=dataset.device).split(s.chunk if s.kernel is None else _CHUNK):
+        ((_, gradient),) = _minibatch_gradients(s, chunk.unsqueeze(0), [last])
+        total.append(gradient.cpu().double() * share(len(chunk), dataset.num_train))
+    return torch.stack(total).sum(0).float().to(dataset.device)
 
 
 def _rows(

@@ -19,11 +19,6 @@ _HELD = 32  # examples whose gradients a lazy walk holds as factors: fewer make 
 _GRAM_EXAMPLES = 4_096  # of a draw: with more, their inner products cost more than MNIST's 784 weights a unit
 _GRAM_BYTES = 2**29  # of a Gram matrix; beyond some 8,000 examples minibatches are measured one by one
 
-Examples = tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]
-
-
-# Walks
-
 
 @torch.no_grad()
 def descend(stack: Stack, inputs: torch.Tensor, targets: torch.Tensor, lr: float, total: dict, share: float) -> None:
@@ -126,9 +121,6 @@ class _Held:
         bias.add_(self.delta[:count].sum(0), alpha=alpha)
 
 
-# Gradients of the last layer
-
-
 def head_gradients(stack: Stack, minibatches: torch.Tensor) -> torch.Tensor:
     """The head's weight gradients ``(k, *weight)`` of ``minibatches`` ``(k, batch)``, as one stack of replicas."""
     net, (inputs, targets) = stack.kernel, stack.problem.dataset.batch(minibatches)
@@ -140,58 +132,20 @@ def head_gradients(stack: Stack, minibatches: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss, weight)[0]
 
 
-# Example by example
-
-
-def examples(stack: Stack, inputs: torch.Tensor, targets: torch.Tensor) -> Examples | None:
-    """``noise.of_examples`` in closed form; None where layers other than linear ones and convolutions have weights."""
-    if stack.kernel is None or len(stack.kernel.norms):
-        return None
-    return _by_factors(stack, inputs, targets) if stack.closed_form else _by_hooks(stack, inputs, targets)
-
-
 @torch.no_grad()
-def _by_factors(stack: Stack, inputs: torch.Tensor, targets: torch.Tensor) -> Examples:
-    """An example's squared norm is (‖a‖² + 1)·‖δ‖², summed over layers (Goodfellow 2015)."""
+def examples(
+    stack: Stack, inputs: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    """``noise.of_examples`` of a perceptron: a squared norm is (‖a‖² + 1)·‖δ‖², summed over layers (Goodfellow 2015)."""
     n, mean = len(targets), {name: torch.zeros_like(p) for name, p in stack.parameters.items()}
     norms = torch.zeros(stack.replicas, n, dtype=torch.float64)
     inputs, targets = (t.expand(stack.replicas, *t.shape) for t in (inputs, targets))
-    losses, every = stack.kernel.backpropagate(inputs, targets, stack.problem.loss)
-    for factors in every:
+    losses, layers = stack.kernel.backpropagate(inputs, targets, stack.problem.loss)
+    for factors in layers:
         factors.add_to(mean, alpha=1.0)
         of_a, of_delta = (torch.linalg.vector_norm(t, dim=-1).cpu().double() for t in (factors.given, factors.delta))
         norms[factors.replica] += (of_a.square() + 1) * (of_delta * n).square()  # of each example's loss, not the mean
     return norms, mean, losses.cpu().double()
-
-
-def _by_hooks(stack: Stack, inputs: torch.Tensor, targets: torch.Tensor) -> Examples:
-    """The same by autograd; a convolution's gradient is the sum over positions of δ·patchᵀ."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    layers = [*stack.kernel.layers, stack.kernel.head]
-    hooks = [
-        layer.register_forward_hook(lambda _, given, out: seen.append((given[0].detach(), out))) for layer in layers
-    ]
-    try:
-        losses = stack.losses(inputs, targets).mean(1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = torch.autograd.grad(losses.sum(), [out for _, out in seen] + stack.autograd_leaves())
-    norms, replicas = torch.zeros(stack.replicas, len(inputs), dtype=torch.float64), stack.replicas
-    for layer, (given, _), delta in zip(layers, seen, found):
-        delta = delta * len(inputs)  # of each example's loss, not of the mean
-        if isinstance(layer, engine.Conv2d):
-            patches = F.unfold(given, layer.weight.shape[-1], padding=layer.weight.shape[-1] // 2)
-            patches = patches.view(len(inputs), replicas, -1, patches.shape[-1])
-            delta = delta.view(len(inputs), replicas, -1, patches.shape[-1])
-            weight = torch.einsum("nrop,nrip->nroi", delta, patches).flatten(2).square().sum(2)
-            norms += (weight + delta.sum(3).square().sum(2)).T.cpu().double()
-        else:
-            norms += ((given.square().sum(2) + 1) * delta.square().sum(2)).cpu().double()
-    return norms, stack.stacked(found[len(seen) :]), losses.detach().cpu().double()
-
-
-# Minibatches by inner products
 
 
 def has_gram(stack: Stack) -> bool:

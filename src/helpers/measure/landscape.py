@@ -35,14 +35,8 @@ class Landscape:
     Raises ValueError for more examples than there are.
     """
 
-    def __init__(
-        self,
-        solution: Solution,
-        *,
-        split: str = "train",
-        examples: int | None = None,
-        dtype: torch.dtype = torch.float32,
-    ):
+    def __init__(self, solution: Solution, *, split: str = "train", examples: int | None = None,
+                 dtype: torch.dtype = torch.float32):  # fmt: skip
         dataset = solution.problem.dataset
         size = dataset.size(split)
         if not 1 <= (size if examples is None else examples) <= size:
@@ -218,14 +212,8 @@ def spectrum(solution: Solution, *, seed: int = 0, count: int = 1, **of: object)
     return eigenvalues(Landscape(solution, **of), count)
 
 
-def boxes(
-    solution: Solution,
-    *,
-    seed: int = 0,
-    epsilons: Sequence[float],
-    dimensions: Sequence[int | None] = (None,),
-    **of: object,
-) -> pd.DataFrame:
+def boxes(solution: Solution, *, seed: int = 0, epsilons: Sequence[float], dimensions: Sequence[int | None] = (None,),
+          **of: object) -> pd.DataFrame:  # fmt: skip
     """``box_sharpness`` for each of ``epsilons`` and ``dimensions``, for ``sweep.measure``."""
     # In float64, where the device has it, because the loss of a fitted net rises by little.
     dtype = torch.float32 if solution.problem.dataset.device.type == "mps" else torch.float64

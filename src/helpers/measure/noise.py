@@ -31,26 +31,18 @@ _CHUNK = 1_000  # examples a pass over the training set, so that memory is flat 
 _GRADIENT_BYTES = 2**26  # of the gradients that `torch.func` holds at a time, example by example
 
 
-def per_example_squared_norms(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared gradient norm of each example's loss ``(replicas, n)`` and of their mean loss ``(replicas,)``, float64.
-
-    All replicas take the same examples. Raises ValueError under batch normalisation in train mode.
-    """
-    norms, mean, _ = of_examples(s, inputs, targets)
-    return norms, sum(g.flatten(1).square().sum(1).cpu().double() for g in mean.values())
-
-
 def statistics(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimates of tr Σ, the variance of one example's gradient, and of |G|²: two float64 ``(replicas,)``.
 
     Unbiased for examples drawn independently (McCandlish 2018, appendix A.1, with batches of 1 and n), so |G|² may come
     out below 0. The gradient noise scale is their ratio, best of averages over several calls: a mean of ratios is
-    biased. Raises ValueError for fewer than two examples.
+    biased. All replicas take the same examples. Raises ValueError for fewer than two, and as ``of_examples`` does.
     """
     n = len(tree_leaves(targets)[0])
     if n < 2:
         raise ValueError(f"{n} examples; a variance needs at least two")
-    norms, mean = per_example_squared_norms(s, inputs, targets)
+    norms, gradient, _ = of_examples(s, inputs, targets)
+    mean = sum(g.flatten(1).square().sum(1).cpu().double() for g in gradient.values())
     return (norms.mean(1) - mean) * n / (n - 1), (n * mean - norms.mean(1)) / (n - 1)
 
 
@@ -176,10 +168,8 @@ def by_micro_batches(
 def scale(solution: Solution, *, seed: int = 0) -> pd.DataFrame:
     """``exact`` for ``sweep.measure``: one row, no draw in it, so ``seed`` changes nothing."""
     found = exact(solution)
-    return pd.DataFrame([{
-        "trace": found.trace, "squared_gradient": found.squared_gradient, "train_loss": found.loss,
-        "gradient_noise_scale": found.gradient_noise_scale,
-    }])  # fmt: skip
+    row = {"trace": found.trace, "squared_gradient": found.squared_gradient, "train_loss": found.loss}
+    return pd.DataFrame([{**row, "gradient_noise_scale": found.gradient_noise_scale}])
 
 
 def micro_batches(solution: Solution, *, seed: int = 0, **options: int) -> pd.DataFrame:
@@ -188,13 +178,7 @@ def micro_batches(solution: Solution, *, seed: int = 0, **options: int) -> pd.Da
 
 
 def minibatches(
-    solution: Solution,
-    *,
-    batch_sizes: Sequence[int],
-    draws: int,
-    draw_size: int,
-    replace: bool,
-    seed: int = 0,
+    solution: Solution, *, batch_sizes: Sequence[int], draws: int, draw_size: int, replace: bool, seed: int = 0
 ) -> pd.DataFrame:
     """Gradients of minibatches drawn from the training set, at fixed weights.
 
@@ -215,10 +199,10 @@ def minibatches(
         whole = {name: g.to(dataset.device, s.parameters[name].dtype) for name, g in exact(solution).gradient.items()}
         with deterministic(s):
             lengths = {b: _lengths(s, whole, chosen) for b, chosen in drawn.items()}
-    columns = ["squared_norm", "squared_distance"]
-    return pd.concat(
-        [pd.DataFrame({"batch_size": b, **dict(zip(columns, each))}) for b, each in lengths.items()], ignore_index=True
-    )
+    frames = [
+        pd.DataFrame({"batch_size": b, "squared_norm": n, "squared_distance": d}) for b, (n, d) in lengths.items()
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def _drawn(population: int, batch_size: int, draws: int, replace: bool, seed: int) -> np.ndarray:
@@ -243,15 +227,14 @@ def _squared_norm(tensors: Iterable[torch.Tensor]) -> float:
 
 
 def of_examples(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """Squared gradient norm of each example, the gradient of the mean loss by name, and the mean loss, a replica each.
+    """Squared gradient norm of each example, float64 ``(replicas, n)``; their mean's gradient by name, and mean loss.
 
     Raises ValueError under batch normalisation in train mode, naming the layer.
     """
     s.refuse_batch_statistics("the gradient noise of single examples")
     with deterministic(s):
-        closed = kernels.examples(s, inputs, targets)
-        if closed is not None:
-            return closed
+        if s.closed_form:
+            return kernels.examples(s, inputs, targets)
         found = [_one_replica(module, s.problem, inputs, targets) for module in _modules(s)]
     norms, means, losses = zip(*found)
     mean = {name: torch.stack([each[name] for each in means]) for name in s.parameters}
@@ -266,9 +249,7 @@ def _modules(s: Stack) -> list[nn.Module]:
     return stack.Modules(s.problem, fresh, range(s.replicas)).load(s.state()).eval().roots
 
 
-def _one_replica(
-    module: nn.Module, problem: Problem, inputs: Any, targets: Any
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+def _one_replica(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> tuple:
     """Squared norms ``(n,)``, the mean gradient by name and the mean loss, by gradients of single examples."""
     n, norms, mean, total = len(tree_leaves(targets)[0]), [], {}, 0.0
     each = _vmapped if n > 1 and _vmap_agrees(module, problem, inputs, targets) else _one_by_one
@@ -284,6 +265,10 @@ Part = tuple[dict[str, torch.Tensor], torch.Tensor]  # gradients (k, *shape) and
 
 def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _some(values: Any, part: slice) -> Any:
+    return tree_map(lambda t: t[part], values)
 
 
 def _vmapped(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> Iterator[Part]:
@@ -310,10 +295,6 @@ def _one_by_one(module: nn.Module, problem: Problem, inputs: Any, targets: Any) 
         loss = problem.example_losses(call(module, x), y)
         found = torch.autograd.grad(loss.sum(), list(trained.values()), allow_unused=True, materialize_grads=True)
         yield {name: g.unsqueeze(0) for name, g in zip(trained, found)}, loss.detach()
-
-
-def _some(values: Any, part: slice) -> Any:
-    return tree_map(lambda t: t[part], values)
 
 
 def _vmap_agrees(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> bool:
