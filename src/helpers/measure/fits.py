@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import optimize, stats
@@ -23,16 +23,21 @@ class Fit:
 
 
 def fit_power(t: np.ndarray, y: np.ndarray) -> Fit:
-    """``y = scale · t^slope``, by least squares in the logarithms; residual in the units of ``y``. Needs t, y > 0."""
-    line = stats.linregress(*np.log(_positive(t, y)))
-    return _with_residual(Fit("power", float(np.exp(line.intercept)), float(line.slope), 0.0), t, y)
+    """Fit ``y = scale · t^slope`` by least squares in the logarithms; residual in the units of ``y``. Needs t, y > 0.
+
+    >>> fit_power([1, 2, 4], [3, 6, 12])(8).round(9)
+    np.float64(24.0)
+    """
+    t, y = _positive(t, y)
+    line = stats.linregress(np.log(t), np.log(y))
+    return _fit("power", float(np.exp(line.intercept)), float(line.slope), t, y)
 
 
 def fit_log(t: np.ndarray, y: np.ndarray) -> Fit:
-    """``y = scale + slope · log t``, by least squares (the form of Hoffer et al. 2017, section 4). Needs t > 0."""
-    t, y = _positive(t), np.asarray(y, dtype=float)
-    line = stats.linregress(np.log(t[0]), y)
-    return _with_residual(Fit("log", float(line.intercept), float(line.slope), 0.0), t[0], y)
+    """Fit ``y = scale + slope · log t`` by least squares (the form of Hoffer et al. 2017, section 4). Needs t > 0."""
+    (t,), y = _positive(t), np.asarray(y, dtype=float)
+    line = stats.linregress(np.log(t), y)
+    return _fit("log", float(line.intercept), float(line.slope), t, y)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Hyperbola:
 
     @property
     def critical_batch_size(self) -> float:
-        """E_min/S_min: there a run takes twice the fewest steps, and twice the fewest examples."""
+        """E_min/S_min, where a run takes twice the fewest steps and twice the fewest examples."""
         return self.min_examples / self.min_steps
 
     def steps(self, batch_size: np.ndarray) -> np.ndarray:
@@ -61,9 +66,9 @@ class Hyperbola:
 
 
 def fit_hyperbola(batch_sizes: np.ndarray, steps: np.ndarray) -> Hyperbola:
-    """The hyperbola through steps-to-target at each batch size, by least squares in log S; both parameters above 0.
+    """Fit the hyperbola to steps-to-target by batch size, by least squares in log S; both parameters above 0.
 
-    Raises ValueError for fewer than three different sizes. Points on one branch alone fix one parameter: the other is
+    Raises ValueError for fewer than three different sizes. Points on one branch alone fix one parameter; the other is
     then an extrapolation, so compare ``critical_batch_size`` with the sizes given.
     """
     b, s = _positive(batch_sizes, steps)
@@ -84,5 +89,6 @@ def _positive(*arrays: np.ndarray) -> np.ndarray:
     return values
 
 
-def _with_residual(fit: Fit, t: np.ndarray, y: np.ndarray) -> Fit:
-    return Fit(fit.form, fit.scale, fit.slope, float(np.sqrt(np.mean((fit(t) - np.asarray(y, dtype=float)) ** 2))))
+def _fit(form: str, scale: float, slope: float, t: np.ndarray, y: np.ndarray) -> Fit:
+    exact = Fit(form, scale, slope, 0.0)
+    return replace(exact, residual=float(np.sqrt(np.mean((exact(t) - y) ** 2))))

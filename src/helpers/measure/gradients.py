@@ -220,16 +220,14 @@ def check_split(batch_size: int, draw_size: int) -> int:
     return batch_size
 
 
-def _minibatch_gradients(
-    s: Stack, minibatches: torch.Tensor, recorded: list[str]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _minibatch_gradients(s: Stack, minibatches: torch.Tensor, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, gradients ``(k, *parameter)``) of the mean losses of ``minibatches`` ``(n, batch)``."""
-    if s.kernel is not None and len(recorded) == 1:
-        yield recorded[0], kernels.head_gradients(s, minibatches)
+    if s.kernel is not None and len(names) == 1:
+        yield names[0], kernels.head_gradients(s, minibatches)
         return
     for minibatch in minibatches:
         _, gradient = mean_gradient(s, *s.problem.dataset.batch(minibatch))
-        yield from ((name, gradient[name]) for name in recorded)
+        yield from ((name, gradient[name]) for name in names)
 
 
 def _full_gradient(s: Stack, last: str) -> torch.Tensor:

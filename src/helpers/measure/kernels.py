@@ -136,7 +136,7 @@ def head_gradients(stack: Stack, minibatches: torch.Tensor) -> torch.Tensor:
 def examples(
     stack: Stack, inputs: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """``noise.of_examples`` of a perceptron: a squared norm is (‖a‖² + 1)·‖δ‖², summed over layers (Goodfellow 2015)."""
+    """``noise.of_examples`` of a perceptron: squared norms are Σ (‖a‖² + 1)·‖δ‖² over layers (Goodfellow 2015)."""
     n, mean = len(targets), {name: torch.zeros_like(p) for name, p in stack.parameters.items()}
     norms = torch.zeros(stack.replicas, n, dtype=torch.float64)
     inputs, targets = (t.expand(stack.replicas, *t.shape) for t in (inputs, targets))
