@@ -63,6 +63,18 @@ class Branching(nn.Module):
         return torch.stack([self.one(row) if row.sum() > 0 else self.other(row) for row in x.flatten(1)])
 
 
+class Uneven(nn.Module):
+    """Returns a tuple; has a scalar parameter, one that is not used and one that is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(64, 5), nn.Parameter(torch.tensor(1.5))
+        self.unused, self.fixed = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(5), requires_grad=False)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) * self.scale * self.fixed, x
+
+
 def sequential():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5))
 
@@ -85,8 +97,12 @@ def dropping():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Dropout(0.5), nn.ReLU(), nn.Linear(6, 5))
 
 
-def _images(net):
-    return Problem(Dataset.of(*IMAGES, *IMAGES, device="cpu"), Net(net))
+def first_of_a_tuple(outputs, targets):
+    return nn.functional.cross_entropy(outputs[0], targets, reduction="none")
+
+
+def _images(net, loss=nn.functional.cross_entropy):
+    return Problem(Dataset.of(*IMAGES, *IMAGES, device="cpu"), Net(net), loss)
 
 
 def _series(net):
@@ -98,6 +114,7 @@ STRANGERS = {
     "cnn": lambda: _images(cnn),
     "batch norm": lambda: _images(normalised),
     "dropout": lambda: _images(dropping),
+    "tuple": lambda: _images(Uneven, first_of_a_tuple),
     "lstm": lambda: _series(Recurrent),
     "branching": lambda: _series(Branching),
     "transformer": lambda: Problem(Dataset.of(TOKENS[:, :-1], TOKENS[:, 1:], device="cpu"), Net(Transformer)),
@@ -139,7 +156,8 @@ def gradients_one_by_one(solution, indices=None):
     for i in torch.arange(problem.num_train) if indices is None else indices:
         x, y = (t.to(dtype) if t.is_floating_point() else t for t in problem.dataset.batch(i[None]))
         loss = problem.example_losses(module(x), y)[0]
-        found = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, materialize_grads=True)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
         losses.append(loss.item())
         gradients.append(torch.cat([g.flatten() for g in found]))
     return torch.tensor(losses, dtype=dtype), torch.stack(gradients)

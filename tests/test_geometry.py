@@ -28,7 +28,7 @@ def test_weight_norm_is_the_euclidean_norm_of_weights_and_biases_together():
         assert ours.item() == pytest.approx(norm(*(w[replica].numpy() for w in weights.values())), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [None, "lstm", "transformer", "dropout"])
+@pytest.mark.parametrize("name", [None, "lstm", "transformer", "tuple"])
 def test_distances_are_those_of_numpy_in_all_by_kind_and_by_parameter(name):
     model, initial = moved_model(STRANGERS[name]() if name else None)
     ours = geometry.distances(model, initial)

@@ -199,7 +199,7 @@ def test_the_general_path_agrees_with_the_kernels(hidden, loss):
     np.testing.assert_allclose(theirs, ours, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["cnn", "lstm", "branching", "transformer", "dropout", "regression"])
+@pytest.mark.parametrize("name", ["cnn", "lstm", "branching", "transformer", "dropout", "regression", "tuple"])
 def test_both_protocols_measure_any_net(name):
     solution = initial(STRANGERS[name]())
     indices = gradients.draw(24, 6, 2, 3)

@@ -11,7 +11,7 @@ from helpers.engine.stack import Stack
 
 def _squared_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # On the CPU, because not every device has float64.
-    return {name: t.detach().flatten(1).cpu().double().square().sum(1) for name, t in tensors.items()}
+    return {name: t.detach().reshape(len(t), -1).cpu().double().square().sum(1) for name, t in tensors.items()}
 
 
 def weight_norm(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -242,8 +242,8 @@ def _full_gradient(s: Stack, last: str) -> torch.Tensor:
 def _rows(
     total: Mapping[str, torch.Tensor], last: str, batch_size: int, trials: Sequence[int]
 ) -> list[dict[str, float]]:
-    squared = {name: g.flatten(1).cpu().double().square().sum(1) for name, g in total.items()}
-    tail = (total[last].flatten(1).abs() > TAIL).float().mean(1)
+    squared = {name: g.reshape(len(g), -1).cpu().double().square().sum(1) for name, g in total.items()}
+    tail = (total[last].reshape(len(total[last]), -1).abs() > TAIL).float().mean(1)
     rows = []
     for i, trial in enumerate(trials):
         row = {"batch_size": batch_size, "trial": trial, "gradient_norm": squared[last][i].sqrt().item()}

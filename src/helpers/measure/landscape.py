@@ -178,7 +178,7 @@ def filter_normalised(landscape: Landscape, seed: int = 0) -> np.ndarray:
     rng, parts = np.random.default_rng(seed), []
     for p in landscape.stack.parameters.values():
         own = p.detach()[0].cpu().double()
-        units = own.flatten(1).numpy() if own.dim() > 1 else np.zeros(own.shape)
+        units = own.flatten(1).numpy() if own.dim() > 1 else np.zeros(own.numel())
         noise = rng.standard_normal(units.shape)
         parts.append(
             noise * np.linalg.norm(units, axis=-1, keepdims=True) / np.linalg.norm(noise, axis=-1, keepdims=True)

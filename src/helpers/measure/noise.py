@@ -42,7 +42,7 @@ def statistics(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch
     if n < 2:
         raise ValueError(f"{n} examples; a variance needs at least two")
     norms, gradient, _ = of_examples(s, inputs, targets)
-    mean = sum(g.flatten(1).square().sum(1).cpu().double() for g in gradient.values())
+    mean = sum(g.reshape(len(g), -1).square().sum(1).cpu().double() for g in gradient.values())
     return (norms.mean(1) - mean) * n / (n - 1), (n * mean - norms.mean(1)) / (n - 1)
 
 
@@ -78,7 +78,7 @@ def exact(solution: Solution) -> Noise:
         squares, loss = [*squares, norms[0]], loss + losses.item() * share
         for name, total in gradient.items():
             total.add_(mean[name].cpu(), alpha=share)  # converted as it is added, entry by entry
-    squared_gradient = sum(g.flatten(1).square().sum(1) for g in gradient.values()).item()
+    squared_gradient = sum(g.reshape(len(g), -1).square().sum(1) for g in gradient.values()).item()
     norms = torch.cat(squares)
     return Noise(norms.mean().item() - squared_gradient, squared_gradient, loss, gradient, norms)
 
@@ -254,7 +254,7 @@ def _one_replica(module: nn.Module, problem: Problem, inputs: Any, targets: Any)
     n, norms, mean, total = len(tree_leaves(targets)[0]), [], {}, 0.0
     each = _vmapped if n > 1 and _vmap_agrees(module, problem, inputs, targets) else _one_by_one
     for gradients, losses in each(module, problem, inputs, targets):
-        norms.append(sum(g.flatten(1).square().sum(1).cpu().double() for g in gradients.values()))
+        norms.append(sum(g.reshape(len(g), -1).square().sum(1).cpu().double() for g in gradients.values()))
         mean = {name: mean.get(name, 0.0) + g.sum(0) / n for name, g in gradients.items()}
         total = total + losses.sum().cpu().double() / n
     return torch.cat(norms), mean, total
