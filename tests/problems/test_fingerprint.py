@@ -1,7 +1,12 @@
 """A net's key changes when its code does, and not otherwise."""
 
+import collections
 import functools
 import linecache
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +75,18 @@ CHANGES = {
     "static method": (
         "class N:\n    @staticmethod\n    def p():\n        return 1\nf = N\n",
         "class N:\n    @staticmethod\n    def p():\n        return 2\nf = N\n",
+    ),
+    "cached function": (
+        "import functools\n@functools.cache\ndef f():\n    return 1\n",
+        "import functools\n@functools.cache\ndef f():\n    return 2\n",
+    ),
+    "method of a named tuple": (
+        "import typing\nclass f(typing.NamedTuple):\n    a: int\n    def m(self):\n        return 1\n",
+        "import typing\nclass f(typing.NamedTuple):\n    a: int\n    def m(self):\n        return 2\n",
+    ),
+    "field of a named tuple": (
+        "import typing\nclass f(typing.NamedTuple):\n    a: int\n",
+        "import typing\nclass f(typing.NamedTuple):\n    b: int\n",
     ),
     "lambda": ("f = lambda x: x + 1\n", "f = lambda x: x + 2\n"),
     "lambda in a call": (
@@ -145,6 +162,29 @@ def test_values_count_by_type_shape_and_content():
     assert len({fingerprint.of(value) for value in values}) == len(values)
     assert fingerprint.of({3, 1, 2}) == fingerprint.of({2, 3, 1})
     assert fingerprint.of(torch.ones(2)) == fingerprint.of(torch.ones(4)[::2])
+
+
+class Slotted:
+    __slots__ = ("a",)
+
+    def __init__(self, a):
+        self.a = a
+
+
+Pair = collections.namedtuple("Pair", "a b")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Slotted, re.compile, Path, collections.deque, collections.OrderedDict.fromkeys, slice, logging.getLogger,
+        np.random.default_rng, lambda a: Pair(a, 1), lambda a: lambda: Pair(a, 1), lambda a: dataclass(type(a, (), {})),
+    ],
+)  # fmt: skip
+def test_objects_count_by_their_content(make):
+    values = ("x", "y") if make is not np.random.default_rng else (1, 2)
+    first, again, other = (fingerprint.of(make(value)) for value in (values[0], values[0], values[1]))
+    assert first == again != other
 
 
 def test_a_recursive_structure_ends():

@@ -13,12 +13,13 @@ import psutil
 import pytest
 
 from companion import reruns, runs
-from helpers.sweep import cluster, sweeps
+from helpers import sweep
+from helpers.sweep import cluster, jobs
 from helpers.sweep.store import Store
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
 DASK = [str(Path(sys.executable).parent / "dask")]
-SETTINGS = sweeps.grid({"dataset": "digits", "model": "small_mlp", "epochs": 20, "lr": 0.1}, batch_size=[4, 5, 6, 7])
+SETTINGS = sweep.grid({"dataset": "digits", "model": "small_mlp", "epochs": 20, "lr": 0.1}, batch_size=[4, 5, 6, 7])
 
 
 def _end(process):
@@ -76,11 +77,11 @@ def workers(scheduler, tmp_path_factory, monkeypatch):
 def serial(tmp_path, monkeypatch, settings=SETTINGS, seeds=3):
     with monkeypatch.context() as patch:
         patch.delenv("COMPANION_CLUSTER")
-        return sweeps.run(settings, seeds, jobs=1, store=Store(tmp_path / "serial")).drop(columns="seconds")
+        return sweep.run(settings, seeds, jobs=1, store=Store(tmp_path / "serial")).drop(columns="seconds")
 
 
 def test_a_sweep_on_two_workers_equals_the_serial_one(workers, tmp_path, monkeypatch):
-    far = sweeps.run(SETTINGS, 3).drop(columns="seconds")
+    far = sweep.run(SETTINGS, 3).drop(columns="seconds")
     pd.testing.assert_frame_equal(far, serial(tmp_path, monkeypatch))
 
 
@@ -94,7 +95,7 @@ def test_a_worker_killed_in_the_middle_costs_no_result(workers, tmp_path, monkey
         killed.set()
 
     threading.Thread(target=kill_one, daemon=True).start()
-    far = sweeps.run(SETTINGS, 3).drop(columns="seconds")
+    far = sweep.run(SETTINGS, 3).drop(columns="seconds")
     assert killed.wait(10)
     pd.testing.assert_frame_equal(far, serial(tmp_path, monkeypatch))
     assert len(Store().all_keys()) == 12
@@ -119,7 +120,7 @@ def test_a_rerun_on_a_cluster_equals_the_serial_one(workers, scheduler, tmp_path
 
 def test_workers_get_the_dataset_from_the_runner(workers, mnist_root, tmp_path, monkeypatch):
     settings = [{"dataset": "mnist", "num_train": 200, "model": "small_mlp", "epochs": 1, "lr": 0.1}]
-    far = sweeps.run(settings, 2).drop(columns="seconds")
+    far = sweep.run(settings, 2).drop(columns="seconds")
     pd.testing.assert_frame_equal(far, serial(tmp_path, monkeypatch, settings, 2))
 
 
@@ -133,9 +134,9 @@ def test_workers_with_several_threads_are_refused(scheduler, tmp_path):
 
 
 def test_another_version_of_the_numerics_is_refused(workers, monkeypatch):
-    monkeypatch.setattr(sweeps, "NUMERICS", sweeps.NUMERICS + 1)
+    monkeypatch.setattr(jobs, "NUMERICS", jobs.NUMERICS + 1)
     with pytest.raises(RuntimeError, match=r"this worker has .* where the runner expects .*; install the same on both"):
-        sweeps.run(SETTINGS[:1], 1)
+        sweep.run(SETTINGS[:1], 1)
 
 
 @pytest.mark.parametrize(("address", "message"), [

@@ -6,6 +6,7 @@ Every weight has a leading replica axis. A forward pass maps ``(replicas, exampl
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
@@ -30,12 +31,16 @@ _ONE_BY_ONE, _FILLED_TO = 4, 16
 # others oneDNN's, which torch brings too, takes half the time (AMD EPYC, 1024 × 1024 weights, 64 and 1,024 examples),
 # once there are so many rows, columns and terms to a sum. Its operator is the one that torch.compile calls.
 _ONEDNN_ROWS, _ONEDNN_COLUMNS, _ONEDNN_TERMS = 3, 256, 32
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 # The C library (glibc) gives blocks as large as a large batch's activations back when they are freed, and the next step
 # waits for the system to hand out the same pages again: at batch 1024, 40 % of its time. It keeps blocks up to the
 # largest that it has seen freed, which is this one; never touched, it takes no memory.
 torch.empty(8_000_000)
+
+
+@functools.cache
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,7 +53,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         return torch.bmm(x, by) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, by)
     (rows, terms), columns = x.shape, len(weight)
     large = rows >= _ONEDNN_ROWS and columns >= _ONEDNN_COLUMNS and terms >= _ONEDNN_TERMS
-    if large and _ONEDNN and x.is_cpu and x.dtype == torch.float32:
+    if large and x.is_cpu and x.dtype == torch.float32 and _onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

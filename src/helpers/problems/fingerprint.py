@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copyreg
 import dis
 import enum
 import functools
@@ -12,7 +13,8 @@ import inspect
 import sysconfig
 import textwrap
 import types
-from collections.abc import Mapping
+from collections import namedtuple
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,9 @@ import torch
 
 _LIBRARIES = tuple({sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")})
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, torch.dtype, torch.device, torch.Size, enum.Enum)
+_Pair = namedtuple("_Pair", "a")
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType, type(_Pair.a))
+_GENERATED = {*vars(_Pair)} - {"_fields", "_field_defaults"}  # differ from one Python to the next
 _NOT_CODE = {
     "__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__firstlineno__", "__static_attributes__",
     "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__conditional_annotations__",
@@ -85,6 +90,8 @@ class _Digest:
             return self._all((value.__func__, value.__self__))
         if isinstance(value, classmethod | staticmethod | property | functools.cached_property):
             return self._all(getattr(value, name, None) for name in ("__func__", "fget", "fset", "func"))
+        if hasattr(value, "__wrapped__") and not isinstance(value, types.FunctionType):  # as functools.cache makes it
+            return self._all((type(value), value.__wrapped__))
         if callable(value) and hasattr(value, "__qualname__") and _of_library(value):
             return self._say("library", value.__module__, value.__qualname__)
         if isinstance(value, types.FunctionType):
@@ -92,13 +99,18 @@ class _Digest:
         if isinstance(value, type):
             self._say("class", value.__qualname__)
             self._all(value.__bases__)
-            slots = types.MemberDescriptorType | types.GetSetDescriptorType
-            parts = {n: part for n, part in sorted(vars(value).items()) if not isinstance(part, slots)}
-            return self.add({n: part for n, part in parts.items() if n not in _NOT_CODE})
-        if hasattr(value, "__dict__"):
-            value.__reduce_ex__(4)  # TypeError for an open file or the like, whose content is elsewhere
-            return self._all((type(value), vars(value)))
-        raise TypeError(f"{type(value).__name__} has no content that can be hashed")
+            left_out = _NOT_CODE | (_GENERATED if issubclass(value, tuple) and hasattr(value, "_fields") else set())
+            parts = {n: part for n, part in sorted(vars(value).items()) if n not in left_out}
+            return self.add({n: part for n, part in parts.items() if not isinstance(part, _SLOTS)})
+        try:
+            reduce = copyreg.dispatch_table.get(type(value))  # as pickle would see it
+            reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        except TypeError:
+            raise TypeError(f"{type(value).__name__} has no content that can be hashed") from None
+        if isinstance(reduced, str):
+            return self._say("name", type(value).__qualname__, reduced)
+        make, arguments, *state = reduced
+        return self._all((make, arguments, *(list(part) if isinstance(part, Iterator) else part for part in state)))
 
     def _function(self, function: types.FunctionType) -> None:
         self._say("function", function.__name__)

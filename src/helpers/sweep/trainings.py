@@ -27,6 +27,7 @@ from helpers.sweep.settings import (
     content,
     device_type,
     key,
+    read_code,
     stack_matters,
     until,
     value_at,
@@ -81,6 +82,7 @@ def run(
     2
     """
     store, seeds = store or Store(), checked_seeds(seeds)
+    read_code()
     labels = list(settings) if isinstance(settings, Mapping) else None
     complete = [checked(s) for s in (settings.values() if isinstance(settings, Mapping) else settings)]
     snapshots = sorted(set(snapshots))
