@@ -1,0 +1,74 @@
+"""Summaries of sharpness: at equal train loss, on the line between two solutions, at the edge of stability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+
+class AtEqualLoss(NamedTuple):
+    """One power law of sharpness in the train loss, with a level for each of two batch sizes.
+
+    ``ratio``: the large batch's level ÷ the small one's; ``by_seed`` is that ratio for each seed. ``residual``: the
+    standard deviation left in the logarithm.
+    """
+
+    slope: float
+    constant: float
+    ratio: float
+    residual: float
+    by_seed: pd.Series
+
+    def between(self, loss: np.ndarray) -> np.ndarray:
+        """The sharpness halfway (in the logarithm) between the two levels."""
+        return np.exp(self.constant) * self.ratio**0.5 * np.asarray(loss) ** self.slope
+
+
+def at_equal_loss(sharpness: pd.Series, train_loss: pd.Series, small: int, large: int) -> AtEqualLoss:
+    """Least squares of log sharpness in log train loss: one slope, two levels.
+
+    Both series are indexed by ``batch_size``, ``lr`` and ``seed``. Points without a logarithm are left out; raises
+    ValueError where fewer than three are left.
+    """
+    points = pd.DataFrame({"sharpness": sharpness, "loss": train_loss})
+    points = np.log(points[(points > 0).all(axis=1) & np.isfinite(points).all(axis=1)])
+    if len(points) < 3:
+        raise ValueError(f"{len(points)} solutions have a train loss and a sharpness above 0; a fit needs three")
+    is_large = (points.index.get_level_values("batch_size") == large).astype(float)
+    design = np.stack([points.loss, is_large, np.ones(len(points))], axis=1)
+    slope, apart, constant = np.linalg.lstsq(design, points.sharpness)[0]
+    level = points.sharpness - slope * points.loss
+    by_size = level.groupby(["batch_size", "seed"]).mean().unstack("batch_size").reindex(columns=sorted({small, large}))
+    by_seed = np.exp(by_size[large] - by_size[small])
+    return AtEqualLoss(slope, constant, float(np.exp(apart)), (level - apart * is_large - constant).std(), by_seed)
+
+
+def rise_around(line: pd.DataFrame, centre: float, distance: float = 0.25) -> pd.Series:
+    """How far each seed's loss rises, on average, ``distance`` to either side of ``centre`` on the line.
+
+    ``line``: columns ``alpha``, ``seed``, ``loss``, with these three alphas among the rows.
+    """
+    loss = line.pivot(index="alpha", columns="seed", values="loss")
+    return (loss.loc[centre - distance] + loss.loc[centre + distance]) / 2 - loss.loc[centre]
+
+
+def late_medians(sharpening: pd.DataFrame, share: float = 0.25) -> pd.DataFrame:
+    """Each run's median ``eigenvalue`` and ``product`` (λ_max · η) over the last ``share`` of training.
+
+    ``sharpening``: columns ``loss``, ``batch_size``, ``rate``, ``seed``, ``epoch``, ``eigenvalue``, ``product``; its
+    last epoch is the end of training. The result is indexed by the first four.
+    """
+    late = sharpening[sharpening.epoch >= (1 - share) * sharpening.epoch.max()]
+    return late.groupby(["loss", "batch_size", "rate", "seed"])[["eigenvalue", "product"]].median()
+
+
+def binding_rates(eigenvalue: pd.Series, rates: Sequence[float]) -> list[float]:
+    """The rates above the smallest whose edge 2/η lies below the sharpness that the smallest one reaches.
+
+    ``eigenvalue``: late λ_max, indexed by ``rate`` and ``seed``.
+    """
+    reached = eigenvalue[min(rates)].median()
+    return [rate for rate in rates if rate > min(rates) and 2 / rate < reached]
