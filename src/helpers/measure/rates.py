@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pandas as pd
 
-from helpers.engine.training import Schedule, schedule
+from helpers.engine.schedules import Schedule, schedule
 
 # A rule multiplies the learning rate by (B/B₀)^power when the batch grows from B₀ to B.
 RULES = {"none": 0.0, "√": 0.5, "linear": 1.0, "warm-up": 1.0}
