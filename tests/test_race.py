@@ -34,6 +34,15 @@ def test_a_run_arrives_at_its_first_record_at_or_above_the_goal():
     assert second == (4, 0.1, 1, math.inf, 31, 4.0, False, 31 / 8)
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4, 5])
+def test_a_target_out_of_reach_is_lowered_until_one_size_reaches_it(history, seeds):
+    history = history[history.seed < seeds]
+    assert race.within_reach(history, 0.4) == 0.4
+    goal = race.within_reach(history, 1.1)
+    assert len(race.best_rates(race.arrivals(history, goal))) >= 1
+    assert race.best_rates(race.arrivals(history, goal + 1e-9)).empty
+
+
 def test_arrivals_do_not_depend_on_the_order_of_the_records(history):
     pd.testing.assert_frame_equal(
         race.arrivals(history, 0.7), race.arrivals(history.sample(frac=1, random_state=1), 0.7)

@@ -109,3 +109,19 @@ def test_the_order_in_the_rate_is_the_power_at_the_lowest_rates():
 def test_growth_with_the_count_is_a_rank_correlation():
     stale = _stale(lambda s, n, r: r * n if s == 0 else r / n)
     assert rates.growth_with_count(stale).to_dict() == pytest.approx({0: 1.0, 1: -1.0})
+
+
+def test_raising_the_rate_helps_up_to_the_last_rate_that_gains():
+    score = _score([10, 20, 40, 35, 15])  # at 0.01, 0.02, 0.04, 0.08, 0.16
+    assert rates.raising_helps_up_to(score, 2.0) == 0.02
+    assert rates.raising_helps_up_to(score, 4.0) == 0.02  # 35 instead of 20; from 0.04, 15 instead of 40
+    assert rates.raising_helps_up_to(score, 16.0) == 0.01  # the end of the map is on it
+    assert math.isnan(rates.raising_helps_up_to(score, 17.0))
+    assert math.isnan(rates.raising_helps_up_to(score[::-1].set_axis(score.index), 20.0))
+    assert math.isnan(rates.raising_helps_up_to(score, 1.0))
+
+
+def test_between_two_rates_the_score_is_read_off_a_line_in_the_logarithm():
+    score = pd.Series([10.0, 11.0, 50.0], [1.0, 2.0, 32.0])  # four times 2 is two octaves of four along: 30.5
+    assert rates.raising_helps_up_to(score, 4.0) == 2.0
+    assert rates.raising_helps_up_to(pd.Series([10.0, 31.0, 30.0], [1.0, 2.0, 32.0]), 4.0) == 1.0

@@ -25,6 +25,12 @@ def record_steps(most: int, factor: float = 1.2) -> tuple[int, ...]:
     return tuple(int(s) for s in np.unique(np.round(powers)) if s < most)
 
 
+def within_reach(history: pd.DataFrame, target: float, column: str = "test_accuracy") -> float:
+    """``target`` or, if no batch size reaches it with most seeds at one rate, the highest value that one so reaches."""
+    highest = history.groupby(_RUN)[column].max().groupby(level=["batch_size", "lr"])
+    return min(target, float(highest.quantile(0.5, interpolation="lower").max()))
+
+
 def arrivals(history: pd.DataFrame, goal: float, column: str = "test_accuracy") -> pd.DataFrame:
     """One row per run: the first record with ``column`` at or above ``goal``, or its last record if none is.
 

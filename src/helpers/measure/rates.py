@@ -97,3 +97,15 @@ def growth_with_count(stale: pd.DataFrame) -> pd.Series:
     """Each seed's rank correlation between the number of small steps and the distance, averaged over the rest."""
     groups = stale.groupby(["seed", "epoch", "base_rate"])[["count", "relative_distance"]]
     return groups.apply(lambda g: g.corr("spearman").iloc[0, 1]).groupby("seed").mean()
+
+
+def raising_helps_up_to(score: pd.Series, growth: float) -> float:
+    """The highest rate from which ``growth`` times the rate scores more than the rate itself; NaN for none.
+
+    ``score``: indexed by the learning rate, ascending; between two rates it is linear in the rate's logarithm.
+    """
+    rates, scores = np.log(score.index.to_numpy(dtype=float)), score.to_numpy()
+    raised = np.interp(rates + np.log(growth), rates, scores, right=np.nan)
+    # A raised rate that is on the map must not miss it by rounding.
+    raised[np.isclose(rates + np.log(growth), rates[-1])] = scores[-1]
+    return float(score.index[raised > scores].max())

@@ -103,6 +103,20 @@ class Problem:
         right = outputs.argmax(-1 if outputs.shape[:-1] == targets.shape else 1) == targets
         return right.double() if right.dim() == 1 else right.flatten(1).double().mean(1)
 
+    def require_accuracy(self) -> None:
+        """Raise ValueError where there is no test accuracy: no test examples, or outputs that name no class."""
+        if not self.dataset.size("test"):
+            raise ValueError(f"{self.dataset.name} has no test examples, so there is no test accuracy to compare")
+        first = torch.zeros(1, dtype=torch.long, device=self.dataset.device)
+        inputs, targets = self.dataset.batch(first, "test")
+        with torch.no_grad():
+            outputs = call(self.net.module(0).to(self.dataset.device).eval(), inputs)
+        if self.example_scores(outputs, targets) is None:
+            raise ValueError(
+                f"outputs of {_shape(outputs)} name no class for targets of {_shape(targets)}, so there is no accuracy "
+                "to compare"
+            )
+
     def check(self) -> None:
         """Try the net and the loss on a few examples; raises ValueError with the reason where they do not fit."""
         if self.names or self._checked:  # a built-in fits by construction
