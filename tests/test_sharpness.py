@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
 
+from helpers import Solution, Training, problems
 from helpers.measure import sharpness
 
 
@@ -49,14 +52,14 @@ def test_solutions_without_a_logarithm_are_left_out():
     loss, top = _solutions(_loss), _solutions(lambda b, lr, s: 5 * _loss(b, lr, s))
     top.iloc[0], top.iloc[5], loss.iloc[3] = math.nan, -1.0, 0.0
     assert sharpness.at_equal_loss(top, loss, 16, 256).slope == pytest.approx(1)
-    with pytest.raises(ValueError, match="needs three"):
-        sharpness.at_equal_loss(top.iloc[:3] * 0, loss, 16, 256)
+    few = sharpness.at_equal_loss(top.iloc[:3] * 0, loss, 16, 256)
+    assert math.isnan(few.ratio) and few.by_seed.isna().all()
 
 
 def test_one_batch_size_in_both_roles_has_a_ratio_of_one():
     loss = _solutions(_loss).xs(16, drop_level=False)
     found = sharpness.at_equal_loss(loss**2, loss, 16, 16)
-    assert found.slope == pytest.approx(2) and (found.by_seed == 1).all()
+    assert (found.slope, found.ratio) == pytest.approx((2, 1)) and (found.by_seed == 1).all()
 
 
 def test_the_rise_is_the_mean_of_both_sides():
@@ -82,3 +85,32 @@ def test_the_edge_binds_where_it_lies_below_the_sharpness_of_the_smallest_rate()
     assert sharpness.binding_rates(late, [0.4, 0.1]) == [0.4]
     assert sharpness.binding_rates(late / 2, [0.4, 0.1]) == []
     assert sharpness.binding_rates(late, [0.1]) == []
+
+
+@pytest.fixture(scope="module")
+def solutions():
+    problem = problems.named("digits", "brownlee_mlp", num_train=100)
+    training = Training(problem, seeds=[0, 1], batch_size=20, lr=0.1).advance(epochs=2, record=False)
+    return [Solution(problem, {n: w[i : i + 1] for n, w in training.weights().items()}) for i in (0, 1)]
+
+
+def _losses(solution, weights):
+    module, data = solution.problem.net.module(0), solution.problem.dataset
+    module.load_state_dict({name: w[0] for name, w in weights.items()})
+    with torch.no_grad():
+        return [float(F.cross_entropy(module(x), y)) for x, y in map(data.tensors, ("train", "test"))]
+
+
+def test_the_line_between_two_solutions_has_the_losses_of_the_module_there(solutions):
+    first, second = solutions
+    found = sharpness.line_between(first, second, [-0.5, 0.0, 1.0]).set_index(["alpha", "split"]).loss
+    for alpha in (-0.5, 0.0, 1.0):
+        weights = {n: (1 - alpha) * w + alpha * second.weights[n] for n, w in first.weights.items()}
+        expected = _losses(first, weights)
+        assert [found[alpha, "train"], found[alpha, "test"]] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rescaled_net_is_the_same_function_with_another_sharpness(solutions):
+    found = sharpness.reparametrised(solutions[0], [0.25, 1.0, 4.0], examples=50).set_index("factor")
+    assert found.change[1.0] == 0 and (found.change < 1e-5).all()
+    assert found.eigenvalue.max() > 2 * found.eigenvalue[1.0] > 0

@@ -1,12 +1,18 @@
-"""Summaries of sharpness: at equal train loss, on the line between two solutions, at the edge of stability."""
+"""Sharpness of pairs and series of solutions: at equal loss, on the line between two, rescaled, while training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+
+from helpers.engine import stack
+from helpers.measure import landscape
+from helpers.problems import Solution
 
 
 class AtEqualLoss(NamedTuple):
@@ -30,20 +36,27 @@ class AtEqualLoss(NamedTuple):
 def at_equal_loss(sharpness: pd.Series, train_loss: pd.Series, small: int, large: int) -> AtEqualLoss:
     """Least squares of log sharpness in log train loss: one slope, two levels.
 
-    Both series are indexed by ``batch_size``, ``lr`` and ``seed``. Points without a logarithm are left out; raises
-    ValueError where fewer than three are left.
+    Both series are indexed by ``batch_size``, ``lr`` and ``seed``. Points without a logarithm are left out; all is NaN
+    where fewer than three are left.
     """
     points = pd.DataFrame({"sharpness": sharpness, "loss": train_loss})
     points = np.log(points[(points > 0).all(axis=1) & np.isfinite(points).all(axis=1)])
     if len(points) < 3:
-        raise ValueError(f"{len(points)} solutions have a train loss and a sharpness above 0; a fit needs three")
-    is_large = (points.index.get_level_values("batch_size") == large).astype(float)
+        return AtEqualLoss(math.nan, math.nan, math.nan, math.nan, pd.Series(math.nan, sharpness.index.unique("seed")))
+    is_large = ((points.index.get_level_values("batch_size") == large) & (large != small)).astype(float)
     design = np.stack([points.loss, is_large, np.ones(len(points))], axis=1)
     slope, apart, constant = np.linalg.lstsq(design, points.sharpness)[0]
     level = points.sharpness - slope * points.loss
     by_size = level.groupby(["batch_size", "seed"]).mean().unstack("batch_size").reindex(columns=sorted({small, large}))
     by_seed = np.exp(by_size[large] - by_size[small])
     return AtEqualLoss(slope, constant, float(np.exp(apart)), (level - apart * is_large - constant).std(), by_seed)
+
+
+def line_between(start: Solution, end: Solution, alphas: Iterable[float]) -> pd.DataFrame:
+    """``landscape.line`` from one solution to another on both splits, ``split``: train and test."""
+    origins = [landscape.Landscape(one, examples=1).origin for one in (start, end)]
+    frames = {s: landscape.line(landscape.Landscape(start, split=s), *origins, alphas) for s in ("train", "test")}
+    return pd.concat(frames, names=["split"]).reset_index("split").reset_index(drop=True)
 
 
 def rise_around(line: pd.DataFrame, centre: float, distance: float = 0.25) -> pd.Series:
@@ -53,6 +66,27 @@ def rise_around(line: pd.DataFrame, centre: float, distance: float = 0.25) -> pd
     """
     loss = line.pivot(index="alpha", columns="seed", values="loss")
     return (loss.loc[centre - distance] + loss.loc[centre + distance]) / 2 - loss.loc[centre]
+
+
+@torch.no_grad()
+def reparametrised(
+    solution: Solution, factors: Sequence[float], examples: int | None, probes: int = 500
+) -> pd.DataFrame:
+    """Sharpness in other weights that make the same function: see ``landscape.rescale``.
+
+    A row for each of ``factors``: ``eigenvalue``, the λ_max over ``examples`` training examples, and ``change``, the
+    largest change of an output over ``probes`` test examples, relative to the largest output.
+    """
+    dataset, rows = solution.problem.dataset, []
+    inputs, _ = dataset.batch(torch.arange(min(probes, dataset.num_test), device=dataset.device), "test")
+    before = stack.at(solution).outputs(inputs)
+    for factor in factors:
+        other = landscape.rescale(solution, factor)
+        change = (stack.at(other).outputs(inputs) - before).abs().max() / before.abs().max()
+        with torch.enable_grad():
+            top = landscape.eigenvalues(landscape.Landscape(other, examples=examples)).eigenvalue[0]
+        rows.append({"factor": factor, "eigenvalue": top, "change": float(change)})
+    return pd.DataFrame(rows)
 
 
 def late_medians(sharpening: pd.DataFrame, share: float = 0.25) -> pd.DataFrame:
