@@ -322,3 +322,18 @@ def test_a_rate_map_stands_cells_without_a_value_and_single_sizes(sizes):
     )
     ax = plots.rate_map(frame, "v", text="{:.1f}")
     assert [t.get_text() for t in ax.texts if t.get_text()] == ["0.1", "0.2"]
+
+
+def test_an_axis_is_logarithmic_where_something_is_above_0():
+    fig, (left, right) = plt.subplots(1, 2)
+    left.scatter([1, 2], [0.0, 3.0])
+    right.plot([1, 2], [0.0, np.nan])
+    assert [plots.log_y(ax).get_yscale() for ax in (left, right)] == ["log", "linear"]
+    fig.canvas.draw()
+
+
+def test_a_histogram_leaves_out_values_that_are_not_finite():
+    frame = pd.DataFrame({"x": [1.0, 2.0, np.inf, np.nan], "batch_size": [1, 2, 2, 2]})
+    counts = [patch.get_xy() for patch in plots.histograms(frame, "x", by="batch_size", bins=2).patches]
+    assert len(counts) == 2
+    assert len(plots.histograms(frame[2:], "x", by="batch_size").patches) == 0

@@ -98,6 +98,13 @@ def batch_size_axis(ax: Axes, batch_sizes: Sequence[float], y: str = "") -> Axes
     return ax
 
 
+def log_y(ax: Axes) -> Axes:
+    """A log y-axis; where nothing drawn is above 0, as when every run diverged, it stays linear."""
+    if np.isfinite(ax.dataLim.minposy):
+        ax.set_yscale("log")
+    return ax
+
+
 def theory(ax: Axes, x: Sequence[float], y: Sequence[float] | Callable[[np.ndarray], np.ndarray], label: str) -> Axes:
     """What theory says, as a thin dark line."""
     values = y(np.asarray(x, dtype=float)) if callable(y) else y
@@ -106,8 +113,8 @@ def theory(ax: Axes, x: Sequence[float], y: Sequence[float] | Callable[[np.ndarr
 
 
 def histograms(frame: pd.DataFrame, y: str, *, by: str, bins: int = 30, ax: Axes | None = None) -> Axes:
-    """The distribution of ``y`` as a step line per value of ``by`` (a batch size), on common bins."""
-    ax = ax or plt.subplots()[1]
+    """The distribution of the finite ``y`` as a step line per value of ``by`` (a batch size), on common bins."""
+    ax, frame = ax or plt.subplots()[1], frame[np.isfinite(frame[y])]
     edges = np.linspace(frame[y].min(), frame[y].max(), bins + 1)
     for value, group in frame.groupby(by):
         ax.hist(group[y], bins=edges, histtype="stepfilled", alpha=0.35, color=colour(value), label=f"batch {value}")
