@@ -94,7 +94,7 @@ def plan(
         if not any(o in (name, name.split("_")[0]) for name in found):
             raise BadInput(f"unknown notebook {o!r}; choose from: {', '.join(found)}")
     chosen = [name for name in found if not wanted or name in wanted or name.split("_")[0] in wanted]
-    profiles = _sections(folder / "profiles.yml")
+    profiles = sections(folder / "profiles.yml")
     names = [name for name in profiles if not name.startswith("on_")]
     if profile not in names:
         raise BadInput(f"unknown profile {profile!r}; choose from: {', '.join(names)}")
@@ -145,15 +145,15 @@ def declarations(notebook: str, folder: Path = NOTEBOOKS) -> dict[str, dict[str,
     """The limits of a notebook's parameters, from parameters.yml; an undeclared parameter is only checked by type."""
     if not (folder / "parameters.yml").exists():
         return {}
-    sections = _sections(folder / "parameters.yml")
-    return {**sections.get("every", {}), **sections.get(notebook, {})}
+    found = sections(folder / "parameters.yml")
+    return {**found.get("every", {}), **found.get(notebook, {})}
 
 
 def check(notebook: str, values: Mapping[str, object], folder: Path = NOTEBOOKS) -> None:
     """Refuse values outside their declared limits, before anything starts. Raises BadInput."""
     declared, scope = declarations(notebook, folder), scope_of(values)
     for name in values:
-        for expected, met in _expectations(limits(declared.get(name, {}), scope), scope[name]):
+        for expected, met in expectations(limits(declared.get(name, {}), scope), scope[name]):
             if not met:
                 raise BadInput(f"{notebook}: {name} is {reprlib.repr(scope[name])}; expected {expected}")
 
@@ -174,14 +174,13 @@ def limits(rule: Mapping[str, object], scope: Mapping[str, object]) -> dict[str,
         bound = scope[rule[key]] if isinstance(rule[key], str) else rule[key]
         found[key] = max(bound) if isinstance(bound, list) else bound
         found[f"{key} name"] = f" ({rule[key]})" if isinstance(rule[key], str) else ""
-    if rule.get("one_of") == "datasets":
-        found["one_of"] = ["auto", *datasets()]
-    if rule.get("one_of") == "nets":
-        found["one_of"] = nets()
+    if isinstance(rule.get("one_of"), str):
+        names = {"datasets": lambda: ["auto", *datasets()], "nets": nets}[rule["one_of"]]()
+        found["one_of"] = [name for name in names if name not in rule.get("except", ())]
     return found
 
 
-def _expectations(rule: Mapping[str, object], value: object):
+def expectations(rule: Mapping[str, object], value: object):
     """Each expectation of a rule as text, and whether the value meets it."""
     each = value if isinstance(value, list) else [value]
     yield "at least one value", bool(each)
@@ -284,7 +283,7 @@ def numbers(value: object, depth: int = 2) -> object:
     return value
 
 
-def _sections(file: Path) -> dict[str, dict[str, dict[str, object]]]:
+def sections(file: Path) -> dict[str, dict[str, dict[str, object]]]:
     """A YAML file of sections of mappings. Raises BadInput where it is none."""
     return _sections_of(file, file.stat().st_mtime_ns if file.exists() else 0)
 
