@@ -113,6 +113,7 @@ def done(tmp_path_factory):
     return folder, out, "\n".join(said)
 
 
+@pytest.mark.slow
 def test_a_failing_point_leaves_the_others_and_is_named_with_its_cell(done):
     _, out, said = done
     assert "2 of 4 ok" in said
@@ -120,6 +121,7 @@ def test_a_failing_point_leaves_the_others_and_is_named_with_its_cell(done):
     assert (out / "points/lr=2,seed=1/01_grid.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_results_are_one_tidy_table_with_the_grid_beside_the_notebooks_own_columns(done):
     results = pd.read_parquet(done[1] / "results.parquet")
     assert results[["lr", "x", "point", "table", "grid_lr", "grid_seed"]].to_dict("records") == [
@@ -128,6 +130,7 @@ def test_results_are_one_tidy_table_with_the_grid_beside_the_notebooks_own_colum
     ]
 
 
+@pytest.mark.slow
 def test_resuming_runs_what_failed_and_nothing_else(done):
     folder, out, _ = done
     before = {f: f.stat().st_mtime_ns for f in out.glob("points/*/01_grid.ipynb")}
@@ -137,6 +140,7 @@ def test_resuming_runs_what_failed_and_nothing_else(done):
     assert again == {"lr=2,seed=0", "lr=2,seed=1"} and "2 of them are finished there already" in "\n".join(said)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_and_a_changed_notebook_are_run_again_without_what_they_left(done, tmp_path):
     folder, out, _ = done
     folder, out = shutil.copytree(folder, tmp_path / "folder"), shutil.copytree(out, tmp_path / "out")
@@ -153,12 +157,14 @@ def test_a_damaged_copy_and_a_changed_notebook_are_run_again_without_what_they_l
     assert not (one.parent / "tables").exists()
 
 
+@pytest.mark.slow
 def test_all_points_execute_the_notebook_as_it_was(folder, tmp_path):
     _write(folder, "01_grid", f"open({str(folder / '01_grid.ipynb')!r}, 'w').write('edited')\nprint(lr)")
     request = Request("01", [{"lr": [0.1, 0.2, 0.3]}], "quick", jobs=1)
     assert grid.rerun(request, out=tmp_path / "out", folder=folder, say=str) == 0
 
 
+@pytest.mark.slow
 def test_tables_that_differ_in_type_are_put_together_as_text(folder, tmp_path):
     more = "for name, value in (('01_a', 1), ('01_b', 'one')):\n"
     more += "    pd.DataFrame({'size': [value]}).to_parquet(tables / f'{name}.parquet')"
@@ -167,6 +173,7 @@ def test_tables_that_differ_in_type_are_put_together_as_text(folder, tmp_path):
     assert pd.read_parquet(tmp_path / "out" / "results.parquet")["size"].dropna().tolist() == ["1", "one"]
 
 
+@pytest.mark.slow
 def test_a_resumed_rerun_keeps_its_dataset_and_takes_only_what_may_change(done):
     _, out, _ = done
     assert json.loads((out / "rerun.json").read_text())["request"]["dataset"] == "digits"
@@ -175,6 +182,7 @@ def test_a_resumed_rerun_keeps_its_dataset_and_takes_only_what_may_change(done):
         assert result.exit_code == 2 and "only --jobs, --cluster and --timeout may change" in result.stderr
 
 
+@pytest.mark.slow
 def test_status_shows_every_point_and_the_command_that_goes_on(done):
     result = CliRunner().invoke(cli.main, ["status", str(done[1])])
     assert result.exit_code == 0
@@ -182,6 +190,7 @@ def test_status_shows_every_point_and_the_command_that_goes_on(done):
     assert f"To go on: companion rerun --resume --out {done[1]}" in result.output
 
 
+@pytest.mark.slow
 def test_a_second_rerun_into_a_folder_at_work_is_refused(done):
     folder, out, _ = done
     with grid._alone(out):
@@ -193,6 +202,7 @@ def test_a_second_rerun_into_a_folder_at_work_is_refused(done):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.slow
 def test_the_page_lays_the_main_figures_over_the_grid(done, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 900})
     problems = []
@@ -246,6 +256,7 @@ def test_clean_says_what_can_go_and_removes_it_only_when_told(store_folder, monk
     held.release()
 
 
+@pytest.mark.slow
 def test_a_notebook_is_executed_by_the_python_that_reruns_it(done):
     record = json.loads((done[1] / "rerun.json").read_text())
     assert record["python"] == sys.version.split()[0] and record["request"]["jobs"] == 2

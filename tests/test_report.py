@@ -14,6 +14,8 @@ from PIL import Image
 from companion import cli, pages, parameters, publish, report, run
 from helpers.ledger import claims, rules
 
+pytestmark = pytest.mark.slow  # a run of two notebooks
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):

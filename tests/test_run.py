@@ -40,6 +40,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_is_kept_up_to_its_cell_and_the_others_still_run(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert run.run("quick", folder=folder, out=out) == 1
@@ -55,6 +56,7 @@ def test_a_failing_notebook_is_kept_up_to_its_cell_and_the_others_still_run(fold
     assert "ZeroDivisionError" in (out / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_profile_and_given_parameters_reach_the_notebook(folder, tmp_path):
     out = tmp_path / "out"
     assert run.run("quick", only=["03"], given={"lr": 1}, folder=folder, out=out) == 0
@@ -62,12 +64,14 @@ def test_profile_and_given_parameters_reach_the_notebook(folder, tmp_path):
     assert "seeds=2 lr=1.0\n" in [o.text for c in executed.cells if c.cell_type == "code" for o in c.outputs]
 
 
+@pytest.mark.slow
 def test_text_from_notebooks_is_escaped_on_the_index_page(folder, tmp_path):
     run.run("quick", only=["03"], folder=folder, out=tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_fails_its_notebook_alone(folder, tmp_path):
     _notebook(folder, "04_dies", "import os\nos._exit(3)")
     _notebook(folder, "05_fine", "print('here')")
@@ -142,6 +146,7 @@ def test_a_damaged_data_file_is_refused_by_its_name(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_mnist_and_network_digits_stand_in_and_it_is_said_loudly(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COMPANION_DATA", str(tmp_path / "empty"))
 
@@ -181,6 +186,7 @@ lab = Lab(problems.named("blobs", "brownlee_mlp"), batch_size=8, small=True)
 lab"""
 
 
+@pytest.mark.slow
 def test_a_live_lab_plays_by_itself_in_a_run_and_leaves_text_where_it_stood(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "the notebook from which the run was started")
     _notebook(folder, "04_lab", LAB, "lab.rehearse({400: 64}, until=1000)\nprint(lab.session.runs[0].training.steps)")
@@ -193,6 +199,7 @@ def test_a_live_lab_plays_by_itself_in_a_run_and_leaves_text_where_it_stood(fold
     assert "Live controls stand here" in (out / "04_lab.html").read_text()
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_live_lab_fails_the_run(folder, tmp_path):
     breaks = "lab.session.runs[0].training.step = lambda: {}['steps']"
     _notebook(folder, "04_rehearsal", LAB, breaks, "lab.rehearse({}, until=1000)")
@@ -216,6 +223,7 @@ def test_relative_folders_of_data_and_store_stay_where_the_user_is(tmp_path, mon
     assert run.environment_of([], 2, None, None) == {"COMPANION_STORE": str(tmp_path / "mine"), "COMPANION_JOBS": "2"}
 
 
+@pytest.mark.slow
 def test_a_kernel_gets_the_environment_of_its_run_and_this_process_keeps_its_own(folder, tmp_path, monkeypatch):
     monkeypatch.delenv("COMPANION_JOBS", raising=False)
     _notebook(folder, "04_asks", "import os\nprint(os.environ['COMPANION_JOBS'])")

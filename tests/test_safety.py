@@ -274,6 +274,7 @@ def settled(page, file):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["run/index.html", "run/01_own.html", "run/02_fails.html", "rerun/index.html"])
 def test_markup_in_parameters_titles_and_outputs_neither_runs_nor_asks_for_anything(file, written, opened, host):
     page = settled(opened, written / file)
@@ -287,6 +288,7 @@ def test_markup_in_parameters_titles_and_outputs_neither_runs_nor_asks_for_anyth
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_without_its_policy_the_sanitised_page_does_not_act_either(written, opened, host):
     text = (written / "run/01_own.html").read_text(encoding="utf-8")
     assert pages.POLICY in text
@@ -297,6 +299,7 @@ def test_without_its_policy_the_sanitised_page_does_not_act_either(written, open
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_same_markup_acts_on_a_page_with_neither(written, opened, host):
     bare = written / "bare.html"
     bare.write_text(
@@ -308,6 +311,7 @@ def test_the_same_markup_acts_on_a_page_with_neither(written, opened, host):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_pictures_of_every_page_load_under_its_policy(written, opened):
     for file, number in (("rerun/index.html", 2), ("run/index.html", 1)):
         page = settled(opened, written / file)
@@ -357,6 +361,7 @@ def answers(url):
         return error.code
 
 
+@pytest.mark.slow
 def test_companion_lab_listens_on_this_machine_alone_behind_a_token_and_ends_on_ctrl_c(lab):
     process, port, said = lab
     assert f":{port}/lab/tree/notebooks/00_start_here.ipynb?token=" in said

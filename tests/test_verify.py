@@ -8,6 +8,8 @@ from companion import cli, report, verify
 from helpers import sweep
 from helpers.sweep import trainings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def reference(tmp_path, monkeypatch):
