@@ -24,7 +24,7 @@ from helpers.engine import stack
 from helpers.engine.stack import Stack
 from helpers.measure import kernels
 from helpers.measure.gradients import deterministic, mean_gradient
-from helpers.problems import Problem, Solution
+from helpers.problems import Solution
 from helpers.problems.problem import call
 
 _CHUNK = 1_000  # examples a pass over the training set, so that memory is flat in their number
@@ -226,85 +226,67 @@ def _squared_norm(tensors: Iterable[torch.Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors)
 
 
+Part = tuple[dict[str, torch.Tensor], torch.Tensor]  # gradients (replicas, k, *shape), losses (replicas, k)
+
+
 def of_examples(s: Stack, inputs: Any, targets: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """Squared gradient norm of each example, float64 ``(replicas, n)``; their mean's gradient by name, and mean loss.
 
     Raises ValueError under batch normalisation in train mode, naming the layer.
     """
     s.refuse_batch_statistics("the gradient noise of single examples")
+    norms, mean, total, n = [], {}, 0.0, len(tree_leaves(targets)[0])
     with deterministic(s):
         if s.closed_form:
             return kernels.examples(s, inputs, targets)
-        found = [_one_replica(module, s.problem, inputs, targets) for module in _modules(s)]
-    norms, means, losses = zip(*found)
-    mean = {name: torch.stack([each[name] for each in means]) for name in s.parameters}
-    return torch.stack(norms), mean, torch.stack(losses)
+        if s.kernel is not None:
+            fresh = [s.problem.net.module(0) for _ in range(s.replicas)]
+            s = stack.Modules(s.problem, fresh, range(s.replicas)).load(s.state()).eval()
+        each = _vmapped if n > 1 and _vmap_agrees(s, inputs, targets) else _one_by_one
+        for gradients, losses in each(s, inputs, targets):
+            norms.append(sum(g.reshape(*losses.shape, -1).square().sum(2).cpu().double() for g in gradients.values()))
+            mean = {name: mean.get(name, 0.0) + g.sum(1) / n for name, g in gradients.items()}
+            total = total + losses.sum(1).cpu().double() / n
+    return torch.cat(norms, dim=1), mean, total
 
 
-def _modules(s: Stack) -> list[nn.Module]:
-    """The replicas as ordinary modules."""
-    if s.kernel is None:
-        return s.roots
-    fresh = [s.problem.net.module(0) for _ in range(s.replicas)]
-    return stack.Modules(s.problem, fresh, range(s.replicas)).load(s.state()).eval().roots
+def _one_by_one(s: Stack, inputs: Any, targets: Any) -> Iterator[Part]:
+    """Gradients of one example at a time, by a backward pass each: for any net."""
+    for i in range(len(tree_leaves(targets)[0])):
+        losses, gradient = mean_gradient(s, *_some((inputs, targets), slice(i, i + 1)))
+        yield {name: g.unsqueeze(1) for name, g in gradient.items()}, losses.unsqueeze(1)
 
 
-def _one_replica(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> tuple:
-    """Squared norms ``(n,)``, the mean gradient by name and the mean loss, by gradients of single examples."""
-    n, norms, mean, total = len(tree_leaves(targets)[0]), [], {}, 0.0
-    each = _vmapped if n > 1 and _vmap_agrees(module, problem, inputs, targets) else _one_by_one
-    for gradients, losses in each(module, problem, inputs, targets):
-        norms.append(sum(g.reshape(len(g), -1).square().sum(1).cpu().double() for g in gradients.values()))
-        mean = {name: mean.get(name, 0.0) + g.sum(0) / n for name, g in gradients.items()}
-        total = total + losses.sum().cpu().double() / n
-    return torch.cat(norms), mean, total
+def _vmapped(s: Stack, inputs: Any, targets: Any) -> Iterator[Part]:
+    """Gradients of as many examples at a time as fit into ``_GRADIENT_BYTES``, by ``torch.func``."""
 
+    def loss(parameters: dict[str, torch.Tensor], module: nn.Module, x: Any, y: Any) -> tuple:
+        x, y = tree_map(lambda t: t.unsqueeze(0), (x, y))
+        outputs = call(lambda *args, **named: torch.func.functional_call(module, parameters, args, named), x)
+        own = s.problem.example_losses(outputs, y).squeeze(0)
+        return own, own
 
-Part = tuple[dict[str, torch.Tensor], torch.Tensor]  # gradients (k, *shape) and losses (k,) of some examples
-
-
-def _trained(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    gradients = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, None, 0, 0))
+    replicas = [{name: leaf.detach() for name, leaf in s.leaves(i).items()} for i in range(s.replicas)]
+    chunk = max(1, _GRADIENT_BYTES // sum(p.numel() * p.element_size() for p in replicas[0].values()))
+    for start in range(0, len(tree_leaves(targets)[0]), chunk):
+        some = _some((inputs, targets), slice(start, start + chunk))
+        found, losses = zip(*(gradients(own, module, *some) for own, module in zip(replicas, s.roots)))
+        yield {name: torch.stack([g[name] for g in found]) for name in replicas[0]}, torch.stack(losses)
 
 
 def _some(values: Any, part: slice) -> Any:
     return tree_map(lambda t: t[part], values)
 
 
-def _vmapped(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> Iterator[Part]:
-    """Gradients of as many examples at a time as fit into ``_GRADIENT_BYTES``, by ``torch.func``."""
-    trained = {name: p.detach() for name, p in _trained(module).items()}
-
-    def loss(parameters: dict[str, torch.Tensor], x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = tree_map(lambda t: t.unsqueeze(0), (x, y))
-        outputs = call(lambda *args, **named: torch.func.functional_call(module, parameters, args, named), x)
-        own = problem.example_losses(outputs, y).squeeze(0)
-        return own, own
-
-    gradients = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0, 0))
-    chunk = max(1, _GRADIENT_BYTES // sum(p.numel() * p.element_size() for p in trained.values()))
-    for start in range(0, len(tree_leaves(targets)[0]), chunk):
-        yield gradients(trained, *_some((inputs, targets), slice(start, start + chunk)))
-
-
-def _one_by_one(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> Iterator[Part]:
-    """Gradients of one example at a time, by a backward pass each: for any module."""
-    trained = _trained(module)
-    for i in range(len(tree_leaves(targets)[0])):
-        x, y = _some((inputs, targets), slice(i, i + 1))
-        loss = problem.example_losses(call(module, x), y)
-        found = torch.autograd.grad(loss.sum(), list(trained.values()), allow_unused=True, materialize_grads=True)
-        yield {name: g.unsqueeze(0) for name, g in zip(trained, found)}, loss.detach()
-
-
-def _vmap_agrees(module: nn.Module, problem: Problem, inputs: Any, targets: Any) -> bool:
-    """Whether ``torch.func`` can differentiate this module, and agrees with backward passes of two single examples."""
-    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-        return False  # it has no batching rule for them, and would loop itself
+def _vmap_agrees(s: Stack, inputs: Any, targets: Any) -> bool:
+    """Whether ``torch.func`` can differentiate this net, and agrees with backward passes of two single examples."""
+    if any(isinstance(m, nn.RNNBase) for m in s.roots[0].modules()):
+        return False  # recurrent layers have no batching rule, so it would loop itself
     two = _some((inputs, targets), slice(0, 2))
     try:
         fast, alone = (
-            [torch.cat(parts) for parts in zip(*(gradients.values() for gradients, _ in each(module, problem, *two)))]
+            [torch.cat(parts, dim=1) for parts in zip(*(gradients.values() for gradients, _ in each(s, *two)))]
             for each in (_vmapped, _one_by_one)
         )
     except Exception:  # whatever it cannot do: data-dependent control flow, missing rules, writing in place
