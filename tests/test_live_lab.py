@@ -344,7 +344,9 @@ def test_latency_and_draw_rate_are_printed(lab, capsys):
     lab.press("Play")
     for _ in range(2):
         for rate in speeds:
-            lab.python(f"from helpers.live import lab as live; live.DRAWS_PER_SECOND = {rate}; import time; time.sleep(0.5)")
+            lab.python(
+                f"from helpers.live import lab as live; live.DRAWS_PER_SECOND = {rate}; import time; time.sleep(0.5)"
+            )
             a, b = lab.value(
                 "[lab.session.runs[0].training.steps, (time.sleep(2), lab.session.runs[0].training.steps)[1]]"
             )

@@ -11,13 +11,18 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import torch
+from torch import nn
 
-from companion import reruns, runs
-from helpers import sweep
-from helpers.sweep import cluster, jobs
+from companion import grid, run
+from companion.parameters import BadInput
+from helpers import Dataset, Net, Problem, sweep
+from helpers.sweep import cluster
+from helpers.sweep import settings as of_runs
 from helpers.sweep.store import Store
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
 DASK = [str(Path(sys.executable).parent / "dask")]
 SETTINGS = sweep.grid({"dataset": "digits", "model": "small_mlp", "epochs": 20, "lr": 0.1}, batch_size=[4, 5, 6, 7])
 
@@ -81,8 +86,25 @@ def serial(tmp_path, monkeypatch, settings=SETTINGS, seeds=3):
 
 
 def test_a_sweep_on_two_workers_equals_the_serial_one(workers, tmp_path, monkeypatch):
-    far = sweep.run(SETTINGS, 3).drop(columns="seconds")
-    pd.testing.assert_frame_equal(far, serial(tmp_path, monkeypatch))
+    settings = [{**one, "epochs": 2} for one in SETTINGS]
+    far = sweep.run(settings, 3).drop(columns="seconds")
+    pd.testing.assert_frame_equal(far, serial(tmp_path, monkeypatch, settings))
+
+
+def test_a_problem_of_ones_own_trains_on_workers_that_lack_its_code(workers, tmp_path, monkeypatch):
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 2)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.layer(x), 0.2, self.training)
+
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    problem = Problem(Dataset.of(x, (x.sum(1) > 0).long(), device="cpu"), Net(Mine))
+    settings = sweep.grid({"problem": problem, "batch_size": 10, "epochs": 2}, lr=[0.1, 0.2])
+    far = sweep.run(settings, 2).drop(columns="seconds")
+    pd.testing.assert_frame_equal(far, serial(tmp_path, monkeypatch, settings, 2))
 
 
 def test_a_worker_killed_in_the_middle_costs_no_result(workers, tmp_path, monkeypatch, store_folder):
@@ -107,13 +129,13 @@ def test_a_rerun_on_a_cluster_equals_the_serial_one(workers, scheduler, tmp_path
             return client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter)
 
     before = moves()
-    request = reruns.Request("05", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2}, cluster=scheduler)
-    assert reruns.rerun(request, out=tmp_path / "far") == 0
+    request = grid.Request("05", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2}, cluster=scheduler)
+    assert grid.rerun(request, out=tmp_path / "far") == 0
     assert moves() > before  # it was the workers that trained
     monkeypatch.delenv("COMPANION_CLUSTER")
     monkeypatch.setenv("COMPANION_STORE", str(tmp_path / "another"))
-    near = reruns.Request("05", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2})
-    assert reruns.rerun(near, out=tmp_path / "near") == 0
+    near = grid.Request("05", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2})
+    assert grid.rerun(near, out=tmp_path / "near") == 0
     tables = [pd.read_parquet(tmp_path / name / "results.parquet").drop(columns="seconds") for name in ("far", "near")]
     pd.testing.assert_frame_equal(*tables)
 
@@ -134,7 +156,7 @@ def test_workers_with_several_threads_are_refused(scheduler, tmp_path):
 
 
 def test_another_version_of_the_numerics_is_refused(workers, monkeypatch):
-    monkeypatch.setattr(jobs, "NUMERICS", jobs.NUMERICS + 1)
+    monkeypatch.setattr(of_runs, "NUMERICS", of_runs.NUMERICS + 1)
     with pytest.raises(RuntimeError, match=r"this worker has .* where the runner expects .*; install the same on both"):
         sweep.run(SETTINGS[:1], 1)
 
@@ -147,6 +169,6 @@ def test_another_version_of_the_numerics_is_refused(workers, monkeypatch):
 ])  # fmt: skip
 def test_an_address_without_a_scheduler_is_refused_in_one_line(address, message, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE", 1.0)
-    with pytest.raises(runs.BadInput, match=re.escape(message)) as raised:
-        runs.environment_for(1, address, None)
+    with pytest.raises(BadInput, match=re.escape(message)) as raised:
+        run.environment_of([], 1, address, None)
     assert len(str(raised.value).splitlines()) == 1
