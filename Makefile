@@ -1,17 +1,29 @@
-# run · test · lab · app · benchmark · clean: each sets up .venv by itself, once, and again when pyproject.toml or constraints.txt change.
+# run · check · test · soak · lab · app · benchmark · clean: each sets up .venv by itself, once, and again when pyproject.toml
+# or constraints.txt change. check: a minute and a half of lint, units, oracles and one notebook. test: everything, seeded.
+# soak: faults at random moments, fuzz by other seeds than those of test.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: run test lab app benchmark clean
+.PHONY: run check lint test soak lab app benchmark clean
 
 run: .venv/.ready
 	@$(BIN)/companion run $(ARGS)
 
-test: .venv/.ready
+lint: .venv/.ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+check: lint
+	@$(PYTEST) -m "not slow and not browser and not soak" $(ARGS)
+
+test: lint
+	@$(PYTEST) -m "not soak" $(ARGS)
+
+soak: .venv/.ready
+	@COMPANION_HYPOTHESIS=soak $(PYTEST) -m "soak or hypothesis" $(ARGS)
 
 lab: .venv/.ready
 	@$(BIN)/companion lab -- $(ARGS)

@@ -67,7 +67,7 @@ class Training:
 
     >>> from helpers import problems
     >>> training = Training(problems.named("blobs", "brownlee_mlp"), seeds=[0, 1], batch_size=32, lr=0.1)
-    >>> training.advance(epochs=2).history.epochs.max()
+    >>> training.advance(epochs=2).epoch
     2.0
     """
 
