@@ -63,7 +63,7 @@ def _fast_path(problem: Problem, module: nn.Module) -> type[kernels.Model] | Non
 
 
 class Stack:
-    """What training and the measures need of replicas.
+    """What training and the measures need of replicas; ``Kernel`` and ``Modules`` implement the rest alike.
 
     ``parameters``: name → ``(replicas, *shape)``, those that are trained. ``kernel``: the fast path, or None.
     """
@@ -90,15 +90,6 @@ class Stack:
     def eval(self) -> Stack:
         return self.train(False)
 
-    @property
-    def roots(self) -> list[nn.Module]:
-        """The modules that hold the replicas."""
-        raise NotImplementedError
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers by name, each with its replica axis."""
-        raise NotImplementedError
-
     def buffers(self) -> dict[str, torch.Tensor]:
         """What of ``state`` is not trained: buffers, and parameters that stay as they are."""
         if self._nothing_but_parameters is None:
@@ -107,10 +98,6 @@ class Stack:
         if self._nothing_but_parameters:
             return {}
         return {name: value for name, value in self.state().items() if name not in self.parameters}
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> Stack:
-        """Copy a ``state`` into the replicas; a single replica's goes to every one."""
-        raise NotImplementedError
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the parameters by name, each with its replica axis."""
@@ -124,46 +111,11 @@ class Stack:
             ]
         return self._leaves[replica]
 
-    def autograd_leaves(self) -> list[torch.Tensor]:
-        """The tensors to differentiate ``losses`` by."""
-        raise NotImplementedError
-
-    def stacked(self, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Gradients by ``autograd_leaves``, as name → ``(replicas, *shape)``."""
-        raise NotImplementedError
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """The last step's gradient by name, ``(replicas, *shape)``; empty before the first."""
-        raise NotImplementedError
-
-    def clear(self) -> None:
-        """Forget the last gradient."""
-        raise NotImplementedError
-
     def batch(self, indices: torch.Tensor) -> tuple[Any, Any]:
         """Inputs and targets of a minibatch ``(replicas, n)``: stacked tensors in memory, else a list a replica."""
         if self.problem.dataset.in_memory:
             return self.problem.dataset.batch(indices)
         return tuple(zip(*(self.problem.dataset.batch(one) for one in indices)))
-
-    def backward(self, inputs: Any, targets: Any, share: float = 1.0, step: tuple[int, int] = (0, 0)) -> torch.Tensor:
-        """Add ``share`` times the gradient of each replica's mean loss; returns these losses, ``(replicas,)``.
-
-        step: number of the step and of the micro-batch in it, which seed dropout.
-        """
-        raise NotImplementedError
-
-    def losses(self, inputs: Any, targets: Any, *, shared: bool = True) -> torch.Tensor:
-        """Each example's loss ``(replicas, n)``; records a graph. ``shared``: all replicas take the same inputs."""
-        raise NotImplementedError
-
-    def outputs(self, inputs: Any) -> Any:
-        """Outputs of every replica for the same inputs: ``(replicas, n, ...)``."""
-        raise NotImplementedError
-
-    def evaluate(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums over examples of the loss and of the score (NaN where there is none): float64 ``(replicas,)``."""
-        raise NotImplementedError
 
     @property
     def chunk(self) -> int:
@@ -213,6 +165,7 @@ class Kernel(Stack):
 
     @property
     def roots(self) -> list[nn.Module]:
+        """The modules that hold the replicas."""
         return [self.kernel]
 
     @property
@@ -220,19 +173,24 @@ class Kernel(Stack):
         return self.kernel.evaluation_chunk if self.problem.dataset.device.type == "cpu" else 10_000
 
     def state(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, each with its replica axis."""
         return dict(self.kernel.state_dict())
 
     def load(self, state: Mapping[str, torch.Tensor]) -> Kernel:
+        """Copy a ``state`` into the replicas; a single replica's goes to every one."""
         self.kernel.restore(state)
         return self
 
     def autograd_leaves(self) -> list[torch.Tensor]:
+        """The tensors to differentiate ``losses`` by."""
         return list(self.parameters.values())
 
     def stacked(self, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Gradients by ``autograd_leaves``, as name → ``(replicas, *shape)``."""
         return dict(zip(self.parameters, gradients))
 
     def gradients(self) -> dict[str, torch.Tensor]:
+        """The last step's gradient by name, ``(replicas, *shape)``; empty before the first."""
         if not self.factors:
             return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         found = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -241,6 +199,7 @@ class Kernel(Stack):
         return found
 
     def clear(self) -> None:
+        """Forget the last gradient."""
         self.factors = ()
         for p in self.parameters.values():
             p.grad = None
@@ -251,19 +210,26 @@ class Kernel(Stack):
         return losses
 
     def backward(self, inputs: Any, targets: Any, share: float = 1.0, step: tuple[int, int] = (0, 0)) -> torch.Tensor:
+        """Add ``share`` times the gradient of each replica's mean loss; returns these losses, ``(replicas,)``.
+
+        step: number of the step and of the micro-batch in it, which seed dropout.
+        """
         losses = self.losses(inputs, targets, shared=False).mean(1)
         (losses.sum() if share == 1 else losses.sum() * share).backward()
         return losses.detach()
 
     def losses(self, inputs: Any, targets: Any, *, shared: bool = True) -> torch.Tensor:
+        """Each example's loss ``(replicas, n)``; records a graph. ``shared``: all replicas take the same inputs."""
         if shared:
             inputs, targets = inputs.expand(self.replicas, *inputs.shape), targets.expand(self.replicas, -1)
         return kernels.example_losses(self.kernel(inputs), targets, self.problem.loss)
 
     def outputs(self, inputs: Any) -> torch.Tensor:
+        """Outputs of every replica for the same inputs: ``(replicas, n, ...)``."""
         return self.kernel(inputs.expand(self.replicas, *inputs.shape))
 
     def evaluate(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over examples of the loss and of the score (NaN where there is none): float64 ``(replicas,)``."""
         logits, y = self.outputs(inputs), targets.expand(self.replicas, -1)
         losses = kernels.example_losses(logits, y, self.problem.loss).sum(1)
         return losses.cpu().double(), (logits.argmax(-1) == y).sum(1).cpu().double()
