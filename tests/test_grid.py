@@ -135,7 +135,7 @@ def test_resuming_runs_what_failed_and_nothing_else(done):
     folder, out, _ = done
     before = {f: f.stat().st_mtime_ns for f in out.glob("points/*/01_grid.ipynb")}
     said = []
-    assert grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder, say=said.append) == 1
+    assert grid.rerun(grid.record(out)["request"], out=out, resume=True, folder=folder, say=said.append) == 1
     again = {f.parent.name for f, time in before.items() if f.stat().st_mtime_ns != time}
     assert again == {"lr=2,seed=0", "lr=2,seed=1"} and "2 of them are finished there already" in "\n".join(said)
 
@@ -147,11 +147,11 @@ def test_a_damaged_copy_and_a_changed_notebook_are_run_again_without_what_they_l
     one = {f.parent.name: f for f in out.glob("points/*/01_grid.ipynb")}["lr=0.5,seed=0"]
     one.write_bytes(one.read_bytes().replace(b"A finding", b"A findinG"))
     said = []
-    grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder, say=said.append)
+    grid.rerun(grid.record(out)["request"], out=out, resume=True, folder=folder, say=said.append)
     assert "1 of them are finished there already" in "\n".join(said) and b"A finding" in one.read_bytes()
     _write(folder, "01_grid", FIGURES.replace("'01_a', '01_b'", "'01_c',"), "raise ValueError('other')")
     said.clear()
-    assert grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder, say=said.append) == 1
+    assert grid.rerun(grid.record(out)["request"], out=out, resume=True, folder=folder, say=said.append) == 1
     assert "0 of 4 ok" in "\n".join(said) and not (out / "results.parquet").exists()
     assert [f.name for f in sorted((one.parent / "figures").glob("*.png"))] == ["01_c.png"]
     assert not (one.parent / "tables").exists()
@@ -196,7 +196,7 @@ def test_a_second_rerun_into_a_folder_at_work_is_refused(done):
     with grid._alone(out):
         assert grid.status(out)["at_work"]
         with pytest.raises(parameters.BadInput, match="another rerun is at work"):
-            grid.rerun(grid.request_of(out), out=out, resume=True, folder=folder)
+            grid.rerun(grid.record(out)["request"], out=out, resume=True, folder=folder)
     assert not grid.status(out)["at_work"]
 
 

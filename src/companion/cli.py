@@ -78,13 +78,8 @@ def run(profile, dataset, only, jobs, cluster, timeout, out, pairs) -> None:
 
 @main.command()
 @click.argument("notebook", required=False)
-@click.option(
-    "--grid",
-    "grids",
-    multiple=True,
-    metavar="NAME=A,B",
-    help="lr=0.01,0.1 or batch_sizes=[64,256],[1024] or seed=0:5 or a YAML file; of several: their product.",
-)
+@click.option("--grid", "grids", multiple=True, metavar="NAME=A,B",
+              help="lr=0.01,0.1 or batch_sizes=[64,256],[1024] or seed=0:5 or a YAML file; several multiply.")  # fmt: skip
 @_shared
 @click.option("--out", type=FOLDER, help="A new folder for the results.  [default: outputs/reruns/<time>-<notebook>]")
 @click.option("--resume", is_flag=True, help="Go on with the rerun in --out; its finished points are not run again.")
@@ -104,7 +99,7 @@ def rerun(context, notebook, grids, profile, dataset, jobs, cluster, timeout, ou
                 text = "--resume wants --out, the folder of a rerun, which knows its notebook, grid and parameters"
                 raise parameters.BadInput(f"{text}; only --jobs, --cluster and --timeout may change")
             changed = {"jobs": jobs, "cluster": cluster, "timeout": timeout}
-            request = replace(grid.request_of(out), **{k: v for k, v in changed.items() if v is not None})
+            request = replace(grid.record(out)["request"], **{k: v for k, v in changed.items() if v is not None})
         elif notebook is None:
             raise parameters.BadInput(f"which notebook? Choose from: {', '.join(parameters.notebooks())}")
         else:

@@ -6,7 +6,6 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -160,11 +159,6 @@ class Request:
     timeout: int | None = None
 
 
-def request_of(out: Path) -> Request:
-    """The request of the rerun in ``out``. Raises BadInput where there is none."""
-    return Request(**_about(out)["request"])
-
-
 def rerun(
     request: Request,
     *,
@@ -197,7 +191,7 @@ def rerun(
         return 0
     if resume:
         out = Path(out).absolute()
-        note = note or _about(out)["note"]
+        note = note or record(out)["note"]
     else:
         default = f"{time.strftime('%Y-%m-%d_%H%M%S')}-{planned[0].name}"
         out = run.new_folder(out, parameters.OUTPUTS / "reruns" / default)
@@ -215,18 +209,18 @@ def _alone(out: Path):
             yield
     except Timeout:
         raise BadInput(f"another rerun is at work in {out}; `companion status {out}` shows its progress") from None
-    except PermissionError as error:
-        raise BadInput(f"cannot write into {out}: {error.strerror}") from None
 
 
 def _run(points, out, environment, side_by_side, timeout, about, say) -> int:
+    import nbformat
+
     items = [point.planned for point in points]
     for point in points:
-        record = _record_of(point.key, out / "points" / point.name)
+        found = _record_of(point.key, out / "points" / point.name)
         executed = out / "points" / point.name / f"{point.planned.name}.ipynb"
-        if record["status"] == "ok" and record["sha256"] == _sha256(executed):
-            point.planned.status, point.planned.seconds = "ok", record["seconds"]
-    title = pages.title_of(items[0].path)
+        if found["status"] == "ok" and found["sha256"] == _sha256(executed):
+            point.planned.status, point.planned.seconds = "ok", found["seconds"]
+    title = pages.title(nbformat.read(items[0].path, as_version=4))
     about = {**about, "notebook": items[0].name, "title": title, "profile": about["request"]["profile"]}
     about["points"] = [{"name": p.name, "values": p.values, "key": p.key} for p in points]
     # All points execute one copy, so that the notebook may be edited meanwhile.
@@ -269,9 +263,9 @@ def _execute(point: Point, notebook: Path, out: Path, environment: Mapping[str, 
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
             threads = {"OMP_NUM_THREADS": environment["COMPANION_JOBS"]}
             run.execute(item, folder, {**environment, **threads}, timeout, log)
-        record = {"key": point.key, "status": item.status, "error": item.error, "seconds": round(item.seconds, 1)}
-        record["sha256"] = _sha256(folder / f"{item.name}.ipynb")
-        pages.write(folder / "point.json", json.dumps(record))
+        outcome = {"key": point.key, "status": item.status, "error": item.error, "seconds": round(item.seconds, 1)}
+        outcome["sha256"] = _sha256(folder / f"{item.name}.ipynb")
+        pages.write(folder / "point.json", json.dumps(outcome))
     except OSError as error:
         item.status, item.error = "FAILED", f"{error.strerror or error}"
     return point
@@ -305,9 +299,9 @@ _WAITING = {"key": "", "status": "waiting", "error": "", "seconds": 0.0, "sha256
 def _record_of(key: str, folder: Path) -> dict[str, object]:
     """The record of the point with this key; a waiting one where there is none."""
     with contextlib.suppress(*_UNREADABLE):
-        record = json.loads((folder / "point.json").read_text(encoding="utf-8"))
-        if record["key"] == key:
-            return {**_WAITING, **record}
+        found = json.loads((folder / "point.json").read_text(encoding="utf-8"))
+        if found["key"] == key:
+            return {**_WAITING, **found}
     return _WAITING
 
 
@@ -318,19 +312,18 @@ def _sha256(file: Path) -> str:
 # Status and results
 
 
-def _about(out: Path) -> dict[str, object]:
-    """The record of a rerun. Raises BadInput for a folder without one."""
+def record(out: Path) -> dict[str, object]:
+    """The record of the rerun in ``out``, its request included. Raises BadInput for a folder without one."""
     try:
         about = json.loads((out / "rerun.json").read_text(encoding="utf-8"))
-        Request(**about["request"])
-        return {"note": about["note"], "notebook": about["notebook"], "points": list(about["points"]), **about}
+        return {**about, "request": Request(**about["request"]), "points": list(about["points"])}
     except _UNREADABLE as error:
         raise BadInput(f"{out} holds no rerun ({type(error).__name__}: {error})") from None
 
 
 def status(out: Path) -> dict[str, object]:
     """The record of a rerun, with the present status of each point. Raises BadInput for a folder without one."""
-    about = _about(out)
+    about = record(out)
     try:
         with _alone(out):
             about["at_work"] = False
@@ -365,11 +358,9 @@ def collect(points: Sequence[Point], out: Path, about: Mapping[str, object]) -> 
         results = pd.concat(tables, ignore_index=True)
         mixed = [column for column in results if results[column].dtype == object]  # say, numbers and text
         results[mixed] = results[mixed].map(str).where(results[mixed].notna())
-        buffer = io.BytesIO()
-        results.to_parquet(buffer, index=False)
-        pages.write(out / "results.parquet", buffer.getvalue())
+        results.to_parquet(out / "results.parquet", index=False)
     if ledgers:
-        pages.write(out / "claims.csv", pd.concat(ledgers, ignore_index=True).to_csv(index=False))
+        pd.concat(ledgers, ignore_index=True).to_csv(out / "claims.csv", index=False)
 
 
 def _laid_out(points: Sequence[Point], out: Path, verdicts: Mapping[str, Mapping[str, str]]) -> dict[str, object]:

@@ -72,13 +72,6 @@ def title(notebook) -> str:
     return heading.group(1) if heading else ""
 
 
-def title_of(path: Path) -> str:
-    """The first heading of a notebook's file."""
-    import nbformat
-
-    return title(nbformat.read(path, as_version=4))
-
-
 def as_html(path: Path) -> str:
     """An executed notebook as one page."""
     import nbformat

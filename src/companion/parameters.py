@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import math
 import operator
 import os
@@ -58,18 +59,14 @@ def notebooks(folder: Path = NOTEBOOKS) -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def defaults(path: Path) -> dict[str, object]:
     """The parameters of a notebook with their default values, from its parameters cell. Raises BadInput without one."""
-    return dict(_defaults(path, path.stat().st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=64)
-def _defaults(path: Path, changed: int) -> dict[str, object]:
-    from papermill import inspect_notebook
-
     try:
-        return {name: ast.literal_eval(p["default"]) for name, p in inspect_notebook(str(path)).items()}
-    except (ValueError, SyntaxError, KeyError, AttributeError) as error:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
+        return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
+    except (ValueError, SyntaxError, LookupError, AttributeError) as error:
         raise BadInput(f"{path.name}: its parameters cell cannot be read ({error}); it holds literals only") from None
 
 
@@ -163,7 +160,9 @@ def scope_of(values: Mapping[str, object]) -> dict[str, object]:
     if values.get("problem"):
         size = examples_of(values["problem"])
         return {**values, "num_train": size, "dataset_size": size}
-    size = datasets().get(values.get("dataset", "blobs"), max(datasets().values()))  # auto may become the largest
+    from helpers.problems import TRAIN_SIZES  # here: it imports torch
+
+    size = TRAIN_SIZES.get(values.get("dataset", "blobs"), max(TRAIN_SIZES.values()))  # auto may become the largest
     return {"num_train": size, **values, "dataset_size": size}
 
 
@@ -175,7 +174,9 @@ def limits(rule: Mapping[str, object], scope: Mapping[str, object]) -> dict[str,
         found[key] = max(bound) if isinstance(bound, list) else bound
         found[f"{key} name"] = f" ({rule[key]})" if isinstance(rule[key], str) else ""
     if isinstance(rule.get("one_of"), str):
-        names = {"datasets": lambda: ["auto", *datasets()], "nets": nets}[rule["one_of"]]()
+        from helpers.problems import TRAIN_SIZES, nets
+
+        names = {"datasets": ["auto", *TRAIN_SIZES], "nets": [*nets.NETS]}[rule["one_of"]]
         found["one_of"] = [name for name in names if name not in rule.get("except", ())]
     return found
 
@@ -191,20 +192,6 @@ def expectations(rule: Mapping[str, object], value: object):
     related = [(*_RELATIONS[key], rule[key], rule[f"{key} name"]) for key in _RELATIONS if key in rule]
     text = " and ".join(f"{words} {bound:g}{name}" for _, words, bound, name in related)
     yield text, all(holds(v, bound) for holds, _, bound, _ in related for v in each)
-
-
-def datasets() -> dict[str, int]:
-    """The named datasets and their numbers of training examples."""
-    from helpers.problems import TRAIN_SIZES
-
-    return TRAIN_SIZES
-
-
-def nets() -> list[str]:
-    """The names of the built-in nets."""
-    from helpers.problems.nets import NETS
-
-    return list(NETS)
 
 
 @functools.cache
@@ -283,13 +270,9 @@ def numbers(value: object, depth: int = 2) -> object:
     return value
 
 
+@functools.cache
 def sections(file: Path) -> dict[str, dict[str, dict[str, object]]]:
     """A YAML file of sections of mappings. Raises BadInput where it is none."""
-    return _sections_of(file, file.stat().st_mtime_ns if file.exists() else 0)
-
-
-@functools.lru_cache(maxsize=16)
-def _sections_of(file: Path, changed: int) -> dict[str, dict[str, dict[str, object]]]:
     try:
         sections = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -121,8 +121,6 @@ def new_folder(out: str | Path | None, default: Path) -> Path:
             names = (default.with_name(f"{default.name}-{number}") for number in itertools.count(2))
             out = next(folder for folder in itertools.chain([default], names) if _made(folder))
         out = Path(out).absolute()
-        if out.exists() and not out.is_dir():
-            raise BadInput(f"{out} is not a folder; choose another with --out")
         if out.exists() and any(out.iterdir()):
             resume = f", or continue it: companion rerun --resume --out {out}" if (out / "rerun.json").exists() else ""
             raise BadInput(f"{out} is not empty; choose a new folder with --out{resume}")
