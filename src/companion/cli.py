@@ -79,7 +79,7 @@ def run(profile, dataset, only, jobs, cluster, timeout, out, pairs) -> None:
 @main.command()
 @click.argument("notebook", required=False)
 @click.option("--grid", "grids", multiple=True, metavar="NAME=A,B",
-              help="lr=0.01,0.1 or batch_sizes=[64,256],[1024] or seed=0:5 or a YAML file; several multiply.")  # fmt: skip
+              help="lr=0.01,0.1, batch_sizes=[64,256],[1024], seed=0:5, or a YAML file; several multiply.")  # fmt: skip
 @_shared
 @click.option("--out", type=FOLDER, help="A new folder for the results.  [default: outputs/reruns/<time>-<notebook>]")
 @click.option("--resume", is_flag=True, help="Go on with the rerun in --out; its finished points are not run again.")
