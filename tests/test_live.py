@@ -542,7 +542,7 @@ def test_a_divergence_is_said_and_how_to_go_on(start):
 
 
 def test_the_page_has_its_static_text_where_no_widgets_live(start):
-    assert "the picture below shows what they did" in start()._repr_mimebundle_()["text/html"]
+    assert "the picture below shows the session" in start()._repr_mimebundle_()["text/html"]
 
 
 # In words

@@ -1,7 +1,7 @@
 """A chart as SVG text, cheap enough to be made anew several times a second, in the colours of JupyterLab's theme.
 
-Text and lines take the theme's CSS variables, so light and dark follow by themselves. Matplotlib draws what is kept
-(see plots); its own redraw takes a hundred times as long.
+Text and lines take the theme's CSS variables, so light and dark follow by themselves. Matplotlib, whose
+redraw takes a hundred times as long, draws the figures that are kept (see plots).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _limits(arrays: Sequence[np.ndarray], log: bool, percent: bool) -> tuple[flo
     if not arrays:
         return (0.1, 10.0) if log else (0.0, 1.0)
     lows, highs = (np.concatenate([a[:, column] for a in arrays]) for column in (5, 6))
-    if percent:  # what comes after the first rise is what one looks at
+    if percent:  # the first rise may be cut off: the reader looks at the part after it
         return max(0.0, math.floor(10 * float(np.quantile(lows, 0.2)) - 1) / 10), 1.0
     high = float(highs.max())
     if not log:

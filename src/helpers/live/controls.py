@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _PACES = {"1 epoch a second": 1.0, "5 epochs a second": 5.0, "25 epochs a second": 25.0, "as fast as it goes": 0.0}
 _RATES = [float(f"{digit}e{power}") for power in range(-4, 1) for digit in (1, 1.5, 2, 3, 5, 7)] + [10.0]
 _AXES = {"examples seen": "examples_seen", "steps": "steps", "seconds": "seconds"}
-_BUTTON = {"layout": {"width": "96px"}}
 _WIDE = {"style": {"description_width": "92px"}, "layout": {"width": "285px", "max_width": "98%"}}
 
 
@@ -40,12 +39,15 @@ class Control:
     follows: bool = False
 
 
-def _button(name: str, icon: str, tooltip: str, act: Callable[[Lab], None]) -> Control:
-    traits = {"icon": icon, "tooltip": tooltip} | _BUTTON
+def _button(name: str, icon: str, tooltip: str, act: Callable[[Lab], None] | None = None) -> Control:
+    """A button that calls the session's method of its name, or ``act``."""
+    traits = {"icon": icon, "tooltip": tooltip, "layout": {"width": "96px"}}
+    act = act or (lambda lab: lab.by_hand(getattr(lab.session, name)))
     return Control(name, 0, name.capitalize(), widgets.Button, lambda _: traits, act, small=True)
 
 
 def setting(name: str, row: int, label: str, kind: type[widgets.DOMWidget], traits: Callable, small=False) -> Control:
+    """A control of a setting. traits: (lab, the setting's value) → the widget's traits."""
     return Control(name, row, label, kind, lambda lab: traits(lab, lab.session.settings[name]) | _WIDE,
                    lambda lab: lab.move(name, getattr(lab, name).value), small, follows=True)  # fmt: skip
 
@@ -71,11 +73,10 @@ def _paces(lab: Lab) -> dict[str, object]:
 
 
 CONTROLS = (
-    _button("play", "play", "Train", lambda lab: lab.by_hand(lab.session.play)),
-    _button("pause", "pause", "Stop after this step", lambda lab: lab.by_hand(lab.session.pause)),
-    _button("step", "step-forward", "One update of the weights", lambda lab: lab.by_hand(lab.session.step)),
-    _button("reset", "refresh", "Start over: same initial weights, same order of examples; this run turns grey",
-            lambda lab: lab.by_hand(lab.session.reset)),
+    _button("play", "play", "Train"),
+    _button("pause", "pause", "Stop after this step"),
+    _button("step", "step-forward", "One update of the weights"),
+    _button("reset", "refresh", "Start over: same initial weights, same order of examples; this run turns grey"),
     Control("pin", 0, "Pin a second run", widgets.ToggleButton, lambda _: {
         "icon": "thumb-tack",
         "tooltip": "From here on, a second run with a batch size of its own, fed the same examples",

@@ -27,7 +27,7 @@ from helpers.live.session import Session
 from helpers.live.trace import AXES
 
 DRAWS_PER_SECOND = 6
-_STATIC = "<p>Live controls stand here while the notebook runs; the picture below shows what they did.</p>"
+_STATIC = "<p>Live controls stand here while the notebook runs; the picture below shows the session.</p>"
 
 
 class Lab(widgets.VBox):
@@ -62,10 +62,10 @@ class Lab(widgets.VBox):
         self._ticker = threading.Thread(target=self._tick, name="companion-ticker", daemon=True)
         self._ticker.start()
 
-    # What controls do: each leaves a wish with the session and returns at once.
+    # Called by the controls: each leaves a wish with the session and returns at once.
 
     def by_hand(self, act: Callable[..., None], *values: object) -> None:
-        """Do what the user asks for; a rehearsal ends."""
+        """Act for the user, which ends a rehearsal."""
         if threading.current_thread() is not self.session.thread:  # a rehearsal moves the slider from there
             self.session.forget_script()
             self.error = ""
@@ -89,7 +89,7 @@ class Lab(widgets.VBox):
         """Show figure, history and code of the session below it."""
         self._exported.value = view.export(self)
 
-    # What one sees.
+    # Drawing.
 
     def _tick(self) -> None:
         due = time.monotonic()
@@ -124,13 +124,13 @@ class Lab(widgets.VBox):
         finally:
             self.following = False
 
-    # What one keeps.
+    # Playing by itself, and keeping.
 
     def rehearse(self, batch_sizes: Mapping[int, int], until: int, *, timeout: float = 600) -> None:
         """Play by itself: move the slider to ``batch_sizes[n]`` at n examples seen, and pause at ``until``.
 
         In a browser this returns at once, the lab plays on, and whoever touches a control takes over. Where nobody
-        watches (papermill, nbconvert) it waits, and raises what failed in the thread; TimeoutError after ``timeout`` s.
+        watches (papermill, nbconvert) it waits, and raises the thread's error, or TimeoutError after ``timeout`` s.
         """
 
         def set_slider(size: int) -> None:
@@ -145,9 +145,9 @@ class Lab(widgets.VBox):
             self.draw()
 
     def keep(self, make: Callable[[], object]) -> None:
-        """Display what ``make()`` returns, and update it whenever training pauses, so that a saved notebook has it.
+        """Display the result of ``make()``, and update it whenever training pauses, so that a saved notebook has it.
 
-        It is called from a thread: its figures may not be pyplot's.
+        ``make`` is called from a thread, so its figures must not be pyplot's.
         """
         handle = display(_shown(make()), display_id=True)
         if handle is not None:  # None outside IPython

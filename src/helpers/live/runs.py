@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
-from helpers import problems
 from helpers.engine.schedules import check_above, check_examples
 from helpers.engine.training import Training
 from helpers.live.probe import TestDraw
@@ -94,7 +92,7 @@ class Runs:
         raise ValueError(f"no control is called {name!r}")
 
     def apply(self, wish: Wish) -> None:
-        """Set what a wish is for; start over where it does not act at the next step."""
+        """Act on a wish: set a live setting, or start over with any other."""
         if wish.name == "pinned_batch_size":
             self._pin(wish)
         elif wish.name in LIVE:
@@ -153,13 +151,3 @@ class Runs:
             main.take()
             self.runs = (main, Run(main.training.branch(), main.settings, main.moves))
         self.runs[1].move("batch_size", *wish[1:])
-
-    def code(self) -> str:
-        """Return the code that repeats the runs without a slider, given ``problem`` where it is not built in."""
-        lines = [f"# problem: the one given to the lab ({self.problem.net.name} on {self.dataset.name})"]
-        if self.problem.names:
-            defaults = inspect.signature(problems.named).parameters
-            names = {n: v for n, v in self.problem.names.items() if n == "model" or v != defaults[n].default}
-            lines = [f"problem = problems.named({', '.join(f'{n}={v!r}' for n, v in names.items())})"]
-        runs = [run.code(name) for name, run in zip(("training", "pinned"), self.runs)]
-        return "\n\n".join(["from helpers import Training, problems", *lines, *runs])

@@ -6,6 +6,7 @@ its settings and its moves, and repeats to the bit without the thread. Nothing h
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 import traceback
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from helpers import problems
 from helpers.live.runs import Problems, Runs, Wish
 
 _BURST = 0.02  # seconds of steps between two looks at the clock
@@ -59,7 +61,7 @@ class Session(Runs):
     given: the problem, a list of problems or a dict name → problem; training begins with the first.
     examples_per_second: the pace, None for as fast as it goes.
     settings: those of ``settings.SETTINGS``; ``seed``; ``test_examples``, on which the score is measured.
-    Raises ValueError for settings that cannot be trained. What fails in the thread is in ``error``; ``wait`` raises it.
+    Raises ValueError for settings that cannot be trained. ``error`` tells why the thread failed.
     """
 
     def __init__(self, given: Problems, *, examples_per_second: float | None = None, **settings: object):
@@ -83,7 +85,7 @@ class Session(Runs):
 
     @property
     def error(self) -> str:
-        """The last lines of the traceback of what failed in the thread."""
+        """The last lines of the traceback, where the thread has failed."""
         return "" if self.failure is None else "".join(traceback.format_exception(self.failure)[-3:]).strip()
 
     def _go(self, event: str) -> bool:
@@ -94,7 +96,7 @@ class Session(Runs):
             self._changed.notify_all()
         return acts
 
-    # What a control calls, from any thread: leaves a wish and returns.
+    # Called by controls, from any thread: each leaves a wish and returns.
 
     def move(self, name: str, value: object) -> None:
         """Set batch_size, lr or momentum from the next step on; optimizer or problem start over with it.
@@ -122,7 +124,7 @@ class Session(Runs):
         self._wish("reset")
 
     def rehearse(self, script: Mapping[float, Callable[[], None]], until: float) -> None:
-        """Play until so many examples are seen; on the way call what ``script`` has at numbers of examples seen.
+        """Play until ``until`` examples are seen. ``script``: number of examples seen → function to call there.
 
         Measures are taken at 40 places, not by the clock: the same rehearsal gives the same history.
         """
@@ -136,7 +138,7 @@ class Session(Runs):
         self._script, self._measure_every = deque(), None
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until all wishes are granted and nothing plays; raises what failed in the thread, or TimeoutError."""
+        """Block until all wishes are granted and nothing plays. Raises the thread's error, or TimeoutError."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.idle or self.state == "closed", timeout):
                 raise TimeoutError(f"still training after {timeout:g} s")
@@ -150,9 +152,15 @@ class Session(Runs):
             self.thread.join()
 
     def code(self) -> str:
-        """Return a cell that repeats the session, its pinned run too, without a slider."""
+        """Return a cell that repeats the session, given ``problem`` where it is not built in."""
+        problem = f"# problem: the one given to the lab ({' on '.join(self.settings['problem'][::-1])})"
+        if self.problem.names:
+            defaults = inspect.signature(problems.named).parameters
+            names = {n: v for n, v in self.problem.names.items() if n == "model" or v != defaults[n].default}
+            problem = f"problem = problems.named({', '.join(f'{n}={v!r}' for n, v in names.items())})"
         threads = f"torch.set_num_threads({self.threads})  # as the session had: sums are the same to the bit"
-        return f"import torch\n\n{threads}\n\n{super().code()}"
+        runs = [run.code(name) for name, run in zip(("training", "pinned"), self.runs)]
+        return "\n\n".join(["import torch", "from helpers import Training, problems", threads, problem, *runs])
 
     def _wish(self, name: str, value: object = None) -> None:
         with self._changed:
