@@ -43,6 +43,13 @@ def test_a_target_out_of_reach_is_lowered_until_one_size_reaches_it(history, see
     assert race.best_rates(race.arrivals(history, goal + 1e-9)).empty
 
 
+def test_a_goal_that_holds_before_the_first_step_is_reached_with_it():
+    history = _run(4, 0.1, 0, [0.7, 0.6, 0.8, 0.9], steps=(0, 1, 2, 4))
+    assert race.arrivals(history, 0.5).steps.item() == 1
+    assert race.arrivals(history, 0.7).steps.item() == 2
+    assert race.within_reach(history.iloc[:2], 0.7) == 0.6
+
+
 def test_arrivals_do_not_depend_on_the_order_of_the_records(history):
     pd.testing.assert_frame_equal(
         race.arrivals(history, 0.7), race.arrivals(history.sample(frac=1, random_state=1), 0.7)

@@ -27,16 +27,17 @@ def record_steps(most: int, factor: float = 1.2) -> tuple[int, ...]:
 
 def within_reach(history: pd.DataFrame, target: float, column: str = "test_accuracy") -> float:
     """``target`` or, if no batch size reaches it with most seeds at one rate, the highest value that one so reaches."""
-    highest = history.groupby(_RUN)[column].max().groupby(level=["batch_size", "lr"])
+    highest = history[history.steps > 0].groupby(_RUN)[column].max().groupby(level=["batch_size", "lr"])
     return min(target, float(highest.quantile(0.5, interpolation="lower").max()))
 
 
 def arrivals(history: pd.DataFrame, goal: float, column: str = "test_accuracy") -> pd.DataFrame:
     """One row per run: the first record with ``column`` at or above ``goal``, or its last record if none is.
 
-    ``reached`` says which; a run that does not reach the goal has infinite ``steps``. ``mean_batch`` is examples per
+    The record before the first step does not count. ``reached`` says which; a run that does not reach the goal has infinite ``steps``. ``mean_batch`` is examples per
     step, which the short last minibatch of an epoch makes smaller than the batch size.
     """
+    history = history[history.steps > 0]
     ordered = history.assign(reached=history[column] >= goal).sort_values("steps", kind="stable")
     first, last = ordered[ordered.reached].drop_duplicates(_RUN), ordered.drop_duplicates(_RUN, keep="last")
     runs = pd.concat([first, last]).drop_duplicates(_RUN).sort_values(_RUN)
