@@ -142,7 +142,18 @@ def test_named_problems_have_one_dropdown(start):
     assert start([BLOBS, BLOBS]).model.options == ("brownlee_mlp", "brownlee_mlp (2)")
 
 
-@pytest.mark.parametrize("given", ["blobs", ["blobs", "digits"], [], {}, None, [BLOBS, 3], {"a": "blobs"}], ids=repr)
+GIVEN = {
+    "a name": "blobs",
+    "names": ["blobs"],
+    "none": [],
+    "an empty dict": {},
+    "None": None,
+    "a number": [BLOBS, 3],
+    "a dict": {"a": "blobs"},
+}
+
+
+@pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
 def test_anything_but_problems_is_refused_in_a_line(given):
     unraised = []
     with pytest.MonkeyPatch.context() as patch:
