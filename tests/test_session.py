@@ -588,8 +588,8 @@ def test_waiting_for_what_does_not_end_times_out(start):
 
 
 def test_pause_right_after_play_leaves_it_paused(start):
-    s = start()
-    with s._changed:  # so that the thread sees both at once
+    s = settle(start())
+    with s._changed:  # so that the thread, which waits for a wish, sees both at once
         s.play()
         s.pause()
     s.wait(10)

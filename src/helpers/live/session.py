@@ -221,7 +221,7 @@ class Session(Runs):
             if not (self._wishes or self.state == "closed"):
                 self.idle = True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._wishes or self.state == "closed")
+                self._changed.wait_for(lambda: not self.idle or self.state == "closed")
 
     def _burst(self) -> None:
         end = time.monotonic() + _BURST
