@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.rows import ROWS, Bench
 from benchmarks.timing import Skipped
-from helpers.problems import data
+from helpers.problems import builtin
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,7 +35,7 @@ def command(rows: str, pairs: int, smoke: bool, out: Path | None) -> int:
         raise click.UsageError(f"unknown row {unknown[0]!r}; choose from: {', '.join(ROWS)}")
     if pairs < 1:
         raise click.UsageError(f"--pairs is {pairs}; expected a whole number from 1 on")
-    out = out or data.PROJECT / "outputs/benchmarks" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+    out = out or builtin.PROJECT / "outputs/benchmarks" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"--out: {out} is there already; name a new folder")
     try:

@@ -22,8 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from helpers.engine import kernels as models
-from helpers.problems import data
+from helpers.engine import kernels
+from helpers.problems import pick_device
+from helpers.problems.dataset import Tensors
 from helpers.sweep import processes
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -39,7 +40,7 @@ def perceptron(widths: Sequence[int], hidden_init: Callable, head_init: Callable
     for layer in net[1::2]:
         (head_init if layer is net[-1] else hidden_init)(layer.weight)
         nn.init.zeros_(layer.bias)
-    return net.to(data.pick_device())
+    return net.to(pick_device())
 
 
 def shen_net(inputs: int, classes: int) -> nn.Sequential:
@@ -60,7 +61,7 @@ def copied(weights: Mapping[str, torch.Tensor]) -> nn.Sequential:
 def train_epoch(net: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
     """One pass: https://docs.pytorch.org/tutorials/beginner/basics/optimization_tutorial.html."""
     net.train()
-    device = data.pick_device()
+    device = pick_device()
     for x, y in batches:
         loss = F.cross_entropy(net(x.to(device)), y.to(device))
         loss.backward()
@@ -72,7 +73,7 @@ def train_epoch(net: nn.Module, batches: Batches, optimizer: torch.optim.Optimiz
 def accuracy(net: nn.Module, batches: Batches) -> float:
     """Accuracy (0 to 1): https://docs.pytorch.org/tutorials/beginner/basics/optimization_tutorial.html."""
     net.eval()
-    device, correct, count = data.pick_device(), 0, 0
+    device, correct, count = pick_device(), 0, 0
     for x, y in batches:
         correct += (net(x.to(device)).argmax(1) == y.to(device)).sum().item()
         count += len(y)
@@ -116,7 +117,7 @@ def shuffled(x: torch.Tensor, y: torch.Tensor, batch_size: int) -> Iterator[tupl
 
 
 def blobs_loop(
-    dataset: data.Dataset, batch_size: int, epochs: int, lr: float, momentum: float, loader: bool, threads: int
+    dataset: Tensors, batch_size: int, epochs: int, lr: float, momentum: float, loader: bool, threads: int
 ) -> list[list[float]]:
     """Train and test accuracy of each epoch; minibatches by https://docs.pytorch.org/docs/stable/data.html or shuffled.
 
@@ -142,7 +143,7 @@ def keras_backend() -> str:
     return os.environ.setdefault("KERAS_BACKEND", found)
 
 
-def keras_fit(dataset: data.Dataset, batch_size: int, epochs: int, lr: float, momentum: float) -> Callable[[], list]:
+def keras_fit(dataset: Tensors, batch_size: int, epochs: int, lr: float, momentum: float) -> Callable[[], list]:
     """``epochs`` of https://keras.io/api/models/model_training_apis/#fit-method, after a first that compiles, untimed.
 
     Returns the call, and the call train and test accuracy by epoch; fit's train accuracy is a running mean.
@@ -171,7 +172,7 @@ def keras_fit(dataset: data.Dataset, batch_size: int, epochs: int, lr: float, mo
 
 def walk_port(
     weights: Mapping[str, torch.Tensor],
-    dataset: data.Dataset,
+    dataset: Tensors,
     draws: Sequence[torch.Tensor],
     batch_sizes: Sequence[int],
     lr: float,
@@ -244,7 +245,7 @@ def vmap_norms(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, chunk: int)
     return squared, squared.mean().item() - sum((g / len(y)).square().sum().item() for g in total.values())
 
 
-def minibatch_norms(net: nn.Sequential, dataset: data.Dataset, minibatches: Iterable[torch.Tensor]) -> list[float]:
+def minibatch_norms(net: nn.Sequential, dataset: Tensors, minibatches: Iterable[torch.Tensor]) -> list[float]:
     """Norm of each minibatch's gradient by https://docs.pytorch.org/docs/stable/generated/torch.autograd.grad.html."""
     norms, parameters = [], list(net.parameters())
     for minibatch in minibatches:
@@ -255,12 +256,12 @@ def minibatch_norms(net: nn.Sequential, dataset: data.Dataset, minibatches: Iter
 
 
 def gemm(size: int, repeats: int) -> Callable[[], float]:
-    """So many square float32 products, by the faster of the libraries that torch brings (``models.product``)."""
-    a, b = torch.rand(2, size, size, device=data.pick_device())
+    """So many square float32 products, by the faster of the libraries that torch brings (``kernels.product``)."""
+    a, b = torch.rand(2, size, size, device=pick_device())
 
     def multiply() -> float:
         for _ in range(repeats):
-            out = models.product(a, b)
+            out = kernels.product(a, b)
         return out[0, 0].item()  # waits for the device
 
     return multiply
@@ -273,7 +274,7 @@ def step_products(widths: Sequence[int], steps: Sequence[int], evaluated: Sequen
     faster of PyTorch's own product (summed into the weights, where it makes a gradient) and oneDNN's (whose factors lie
     ready as it wants them). ``evaluated``: chunks of examples of which the outputs alone are taken.
     """
-    device = data.pick_device()
+    device = pick_device()
     weights = [torch.rand(out, given, device=device) for given, out in zip(widths, widths[1:])]
     sizes = [*((n, True) for n in steps), *((n, False) for n in evaluated)]
     made = {size: _fastest(_products(weights, *size)) for size in set(sizes)}
@@ -289,13 +290,13 @@ def step_products(widths: Sequence[int], steps: Sequence[int], evaluated: Sequen
 
 def _products(weights: Sequence[torch.Tensor], examples: int, train: bool) -> list[tuple[Callable, Callable]]:
     inputs = [torch.rand(examples, w.shape[1], device=w.device) for w in weights]
-    calls = [(partial(F.linear, a, w), partial(models.product, a, w)) for a, w in zip(inputs, weights)]
+    calls = [(partial(F.linear, a, w), partial(kernels.product, a, w)) for a, w in zip(inputs, weights)]
     for w, a in list(zip(weights, inputs))[::-1] if train else ():
         delta = torch.rand(examples, len(w), device=w.device)
         ready = delta.t().contiguous(), a.t().contiguous()
-        calls.append((partial(w.addmm_, delta.t(), a, alpha=1e-9), partial(models.product, *ready)))
+        calls.append((partial(w.addmm_, delta.t(), a, alpha=1e-9), partial(kernels.product, *ready)))
         if w is not weights[0]:
-            calls.append((partial(torch.mm, delta, w), partial(models.product, delta, w.t().contiguous())))
+            calls.append((partial(torch.mm, delta, w), partial(kernels.product, delta, w.t().contiguous())))
     return calls
 
 
@@ -339,7 +340,7 @@ def dask_scheduler():
             with distributed.Client(address, set_as_default=False) as client:
                 while len(client.scheduler_info()["workers"]) != number:
                     time.sleep(0.1)
-                client.run(importlib.import_module, "helpers.sweep.sweeps")
+                client.run(importlib.import_module, "helpers.sweep.trainings")
 
         file = Path(folder) / "scheduler.json"
         start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))

@@ -18,14 +18,14 @@ import yaml
 from benchmarks.rows import Bench
 from benchmarks.timing import Line
 from helpers import plots
-from helpers.problems import data
+from helpers.problems import builtin, pick_device
 
 PACKAGES = ("torch", "torchvision", "numpy", "keras", "tensorflow-cpu", "backpack-for-pytorch", "batch-size-companion")
 
 
 def machine() -> dict[str, object]:
     """CPU model, cores, threads, load, device, versions."""
-    cpuinfo, device = Path("/proc/cpuinfo"), data.pick_device()
+    cpuinfo, device = Path("/proc/cpuinfo"), pick_device()
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -89,7 +89,7 @@ class Run:
 
     def _figure(self, epochs: dict[int, Line], out: Path) -> None:
         """Seconds that notebook 02's sweep takes at paper scale, extrapolated from an epoch each."""
-        profiles = (data.PROJECT / "notebooks/profiles.yml").read_text(encoding="utf-8")
+        profiles = (builtin.PROJECT / "notebooks/profiles.yml").read_text(encoding="utf-8")
         paper, timed = yaml.safe_load(profiles)["paper"]["every"], self.bench.epoch_sizes[0]
         factor = paper["num_train"] / timed * paper["epochs"] * paper["seeds"]
         plots.use_style()

@@ -28,11 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
 from benchmarks.timing import Line, Mismatch, Side, Skipped, compare, interleave, same
-from helpers.engine import kernels as models
-from helpers.engine.training import Training
+from helpers import Net, Problem, Solution, Training, problems, sweep
+from helpers.engine import kernels
 from helpers.measure import fits, gradients, memory, noise
-from helpers.problems import data
-from helpers.sweep import cluster, sweeps
+from helpers.problems import builtin, nets
+from helpers.problems.dataset import Tensors
+from helpers.sweep import cluster
 from helpers.sweep.store import Store, key_of
 
 LR = 0.01  # the write-up's
@@ -60,20 +61,29 @@ class Bench:
         """One of two sizes."""
         return smoke if self.smoke else full
 
-    def images(self, num_train: int, num_test: int) -> data.Dataset:
+    def images(self, num_train: int, num_test: int) -> Tensors:
         """The first of MNIST's training and test examples. Raises Skipped where MNIST cannot be had."""
         try:
-            whole = data.load(self.dataset)
-        except data.DataError as error:
+            whole = problems.load(self.dataset)
+        except problems.DataError as error:
             raise Skipped(str(error)) from error
-        first = {f"train_{k}": getattr(whole, f"train_{k}")[:num_train] for k in ("inputs", "targets")}
-        first |= {f"test_{k}": getattr(whole, f"test_{k}")[:num_test] for k in ("inputs", "targets")}
-        return dataclasses.replace(whole, **first, fingerprint="")
+        return first_of(whole, num_train, num_test)
 
 
-def ours_training(dataset: data.Dataset, model: str = "shen_mlp", **options: object) -> Training:
+def first_of(dataset: Tensors, num_train: int, num_test: int) -> Tensors:
+    """The first of a dataset's examples."""
+    train, test = dataset.tensors("train"), dataset.tensors("test")
+    return Tensors(dataset.name, *(t[:num_train] for t in train), *(t[:num_test] for t in test))
+
+
+def problem_of(dataset: Tensors, net: Callable = nets.NETS["shen_mlp"]) -> Problem:
+    """A built-in net on a dataset."""
+    return Problem(dataset, Net(functools.partial(net, dataset.input_shape, dataset.num_classes)))
+
+
+def ours_training(dataset: Tensors, net: Callable = nets.NETS["shen_mlp"], **options: object) -> Training:
     """Our engine, as all rows make it."""
-    return Training(dataset, model, **{"lr": LR, **options})
+    return Training(problem_of(dataset, net), **{"lr": LR, **options})
 
 
 def mnist_epoch(bench: Bench) -> list[Line]:
@@ -81,11 +91,11 @@ def mnist_epoch(bench: Bench) -> list[Line]:
     dataset = bench.images(*bench.epoch_sizes)
     targets = bench.pick({16: 4.0, 64: 5.0, 256: 7.5, 1024: 7.0}, {64: 5.0, 256: 7.5})
     with tempfile.TemporaryDirectory() as folder:
-        root = _as_mnist_files(dataset, Path(folder)) if bench.smoke else data.data_root()
+        root = _as_mnist_files(dataset, Path(folder)) if bench.smoke else builtin.data_root()
         return [line for case in targets.items() for line in _mnist_epoch(bench, dataset, root, *case)]
 
 
-def _mnist_epoch(bench: Bench, dataset: data.Dataset, root: Path, batch_size: int, target: float) -> list[Line]:
+def _mnist_epoch(bench: Bench, dataset: Tensors, root: Path, batch_size: int, target: float) -> list[Line]:
     def ours():
         training = ours_training(dataset, batch_size=batch_size)
 
@@ -113,7 +123,7 @@ def _mnist_epoch(bench: Bench, dataset: data.Dataset, root: Path, batch_size: in
     name = f"DataLoader, {workers} workers"
     note = "{:,} training and {:,} test images; ".format(*bench.epoch_sizes) + "for a part of them the DataLoader took "
     note += " and ".join(f"{seconds:.2f} s with {w} workers" for w, seconds in tried.items())
-    steps, chunk = _split(dataset.num_train, batch_size), models.Model.evaluation_chunk
+    steps, chunk = _split(dataset.num_train, batch_size), kernels.Model.evaluation_chunk
     chunks = [size for n in (dataset.num_train, len(dataset.test_targets)) for size in _split(n, chunk)]
     limit = functools.partial(baselines.step_products, _widths(dataset), steps, chunks)
     sides = {"ours": ours, name: loop(workers, *bench.epoch_sizes)}
@@ -143,7 +153,7 @@ def _with_limit(
     return [dataclasses.replace(against, limit=reachable)]
 
 
-def _widths(dataset: data.Dataset) -> list[int]:
+def _widths(dataset: Tensors) -> list[int]:
     """Of Shen's net."""
     return [dataset.train_inputs[0].numel(), 1024, 1024, dataset.num_classes]
 
@@ -152,7 +162,7 @@ def _split(examples: int, batch_size: int) -> list[int]:
     return [len(one) for one in torch.arange(examples).split(batch_size)]
 
 
-def _operations(dataset: data.Dataset) -> tuple[int, int]:
+def _operations(dataset: Tensors) -> tuple[int, int]:
     """Floating-point operations an example of Shen's net: to train on it, and forward alone; 2 a multiply-add.
 
     Training: forward, gradients by the weights, gradients by the inputs of all layers but the first.
@@ -161,7 +171,7 @@ def _operations(dataset: data.Dataset) -> tuple[int, int]:
     return 2 * (2 * first + 3 * sum(others)), 2 * (first + sum(others))
 
 
-def _as_mnist_files(dataset: data.Dataset, root: Path) -> Path:
+def _as_mnist_files(dataset: Tensors, root: Path) -> Path:
     """Digits in MNIST's files, for torchvision to read."""
     raw, (mean, std) = root / "MNIST/raw", NORMALISATION["digits"]
     raw.mkdir(parents=True)
@@ -220,7 +230,7 @@ def product(bench: Bench) -> list[Line]:
         def check(results: Mapping) -> str:
             return same("products", results["ours"], results["F.linear"], within=1e-5, relative=True)
 
-        sides = {"ours": side(models.product), "F.linear": side(F.linear)}
+        sides = {"ours": side(kernels.product), "F.linear": side(F.linear)}
         case = f"{examples:,} examples × {width} × {width}"
         lines += compare("product", case, sides, {"F.linear": 1}, bench.pairs, check, f"{repeats} of each")
     return lines
@@ -230,7 +240,7 @@ def blobs_sweep(bench: Bench) -> list[Line]:
     """Notebook 01's sweep, against plain loops in turn and Keras's fit."""
     sizes, (seeds, epochs) = bench.pick([4, 8, 16, 32, 64, 128, 256, 450], [32, 450]), bench.pick((30, 200), (3, 12))
     part, keras_part = bench.pick((50, 5), (6, 2))  # epochs run, of one seed
-    dataset, how = data.load("blobs", device="cpu"), {"lr": LR, "momentum": 0.9}
+    dataset, how = problems.load("blobs", device="cpu"), {"lr": LR, "momentum": 0.9}
     base = {"dataset": "blobs", "model": "brownlee_mlp", "epochs": epochs, **how}
 
     def loop(loader: bool, threads: int, sizes: Sequence[int], epochs: int) -> Callable[[], list]:
@@ -260,7 +270,7 @@ def blobs_sweep(bench: Bench) -> list[Line]:
             texts.append(same(what, ours, theirs, within=bench.pick(within, 0.2)))
         return "; ".join(texts)
 
-    sides = {"ours": _sweep(sweeps.grid(base, batch_size=sizes), seeds), keras: fit}
+    sides = {"ours": _sweep(sweep.grid(base, batch_size=sizes), seeds), keras: fit}
     sides[plain] = functools.partial(loop, *ways[best], sizes, part)
     scaled = {
         plain: (seeds * epochs / part, f"1 of {seeds} seeds, {part} of {epochs} epochs"),
@@ -274,14 +284,14 @@ def blobs_sweep(bench: Bench) -> list[Line]:
 
 
 def _sweep(settings: Sequence[Mapping], seeds: int, jobs: int | None = None) -> Side:
-    """``sweeps.run`` into a store of its own, so that nothing is there already."""
+    """``sweep.run`` into a store of its own, so that nothing is there already."""
 
     def prepare():
         folder = tempfile.TemporaryDirectory()
 
         def run():
             with folder:
-                return sweeps.run(settings, seeds, jobs=jobs, store=Store(folder.name))
+                return sweep.run(settings, seeds, jobs=jobs, store=Store(folder.name))
 
         return run
 
@@ -289,13 +299,13 @@ def _sweep(settings: Sequence[Mapping], seeds: int, jobs: int | None = None) -> 
 
 
 def seeds(bench: Bench) -> list[Line]:
-    """Five seeds of Shen's net by ``sweeps.run``, against five trainings in turn that have all cores each.
+    """Five seeds of Shen's net by ``sweep.run``, against five trainings in turn that have all cores each.
 
     As many epochs of few images to an evaluation as give it about the share that it has in a sweep over all of MNIST.
     """
     (num_train, epochs), count, lines = bench.pick((6_000, 4), (200, 2)), 5, []
     bench.images(num_train, 1)  # or Skipped
-    dataset = data.load(bench.dataset, num_train=num_train)
+    dataset = problems.load(bench.dataset, num_train=num_train)
     num_test, cores = len(dataset.test_targets), joblib.cpu_count()
     trained, forward = _operations(dataset)
     evaluated = 2 * forward * (num_train + num_test)  # at the start and at the end
@@ -339,21 +349,21 @@ def seeds(bench: Bench) -> list[Line]:
 
 
 def walk(bench: Bench) -> list[Line]:
-    """Section 1d by ``sweeps.measure``, against its direct port."""
+    """Section 1d by ``sweep.measure``, against its direct port."""
     sizes = bench.pick([*range(1, 9), 16, 32, 64, 128, 256, 512, 1024], [2, 8])
     trials, draw_size, num_train, large = bench.pick((20, 1024, 6_000, 1024), (2, 16, 200, 64))
     bench.images(num_train, 1)  # or Skipped
-    dataset = data.load(bench.dataset, num_train=num_train)
+    dataset = problems.load(bench.dataset, num_train=num_train)
     settings = {"dataset": bench.dataset, "num_train": num_train, "batch_size": large, "lr": LR, "epochs": 1}
     options = {"epochs": [1], "trials": trials, "batch_sizes": sizes, "draw_size": draw_size, "lr": LR}
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "trained"
-        weights = sweeps.weights(settings, 1, 1, store=Store(trained))[0]
+        weights = sweep.weights(settings, 1, 1, store=Store(trained))[0].weights
 
         def ours():
             fresh = tempfile.mkdtemp(dir=folder)
             shutil.copytree(trained, fresh, dirs_exist_ok=True)
-            return functools.partial(sweeps.measure, "walk", [settings], 1, store=Store(fresh), **options)
+            return functools.partial(sweep.measure, "walk", [settings], 1, store=Store(fresh), **options)
 
         def port():
             draws = [gradients.draw(dataset.num_train, draw_size, 0, 0)]
@@ -375,14 +385,14 @@ def per_example(bench: Bench) -> list[Line]:
     """Per-example squared gradient norms and tr Σ, against BackPACK and ``vmap(grad)``; and the memory it takes."""
     examples, part, chunk = bench.pick((10_000, 100, 1_000), (400, 40, 200))
     dataset = bench.images(examples, 1)
-    x, y, net = dataset.train_inputs, dataset.train_targets, ours_training(dataset).model
+    x, y, weights = dataset.train_inputs, dataset.train_targets, ours_training(dataset).weights()
     backpack, both, vmap = "BackPACK BatchL2Grad", "BackPACK BatchL2Grad, SumGradSquared", "vmap(grad)"
 
     def side(function: Callable, *arguments: object) -> Side:
-        return lambda: functools.partial(function, baselines.copied(dict(net.named_parameters())), *arguments)
+        return lambda: functools.partial(function, baselines.copied(weights), *arguments)
 
     sides = {
-        "ours": lambda: functools.partial(ours_per_example, net, x, y),
+        "ours": lambda: functools.partial(ours_per_example, dataset, weights),
         backpack: side(baselines.backpack_norms, x, y, chunk, False),
         both: side(baselines.backpack_norms, x, y, chunk, True),
         vmap: side(baselines.vmap_norms, x[:part], y[:part], 20),
@@ -401,7 +411,7 @@ def per_example(bench: Bench) -> list[Line]:
     case, scaled = f"{examples:,} examples", {vmap: (examples / part, f"{part} of {examples:,} examples")}
     lines = compare("per-example", case, sides, {backpack: 1, both: 1, vmap: 20}, bench.pairs, check, scaled=scaled)
     few = examples // 4
-    calls = [functools.partial(ours_per_example, net, x[:n], y[:n]) for n in (few, examples)]
+    calls = [functools.partial(ours_per_example, first_of(dataset, n, 1), weights) for n in (few, examples)]
     low, high = memory.peaks(calls, dataset.device)
     note = f"peak beyond what was in use: {low / 1e6:.0f} MB with {few:,}, {high / 1e6:.0f} MB with {examples:,}"
     growth = [high / low]
@@ -411,9 +421,9 @@ def per_example(bench: Bench) -> list[Line]:
     ]
 
 
-def ours_per_example(net: models.Model, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, float]:
+def ours_per_example(dataset: Tensors, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
     """Squared gradient norms and tr Σ, by ``noise.exact``."""
-    found = noise.exact(net, x, y)
+    found = noise.exact(Solution(problem_of(dataset), weights))
     return found.squared_norms[0], found.trace.item()
 
 
@@ -426,7 +436,7 @@ def frozen(bench: Bench) -> list[Line]:
     options = {"batch_sizes": sizes, "draws": draws, "draw_size": draws * sizes[-1], "replace": True}
     drawn = [torch.from_numpy(one) for b in sizes for one in noise._drawn(pool, b, part, True, 0)]  # the same ones
     sides = {
-        "ours": lambda: functools.partial(noise.minibatches, dataset, "shen_mlp", weights, **options),
+        "ours": lambda: functools.partial(noise.minibatches, Solution(problem_of(dataset), weights), **options),
         "autograd": lambda: functools.partial(baselines.minibatch_norms, baselines.copied(weights), dataset, drawn),
     }
 
@@ -447,8 +457,8 @@ def start(bench: Bench) -> list[Line]:
         "the packages": bench.pick("import torch, pandas, seaborn, ipywidgets, IPython.display", "import torch"),
         "import helpers": "import helpers",
         "a notebook's imports": bench.pick(
-            "import companion.runs, helpers.plots, helpers.problems.data, helpers.ledger.claims, helpers.sweep.sweeps",
-            "from helpers.problems import data",
+            "from helpers import Book, Training, plots, problems, sweep; sweep.run",
+            "from helpers import problems",
         ),
         "companion --help": "import sys; from companion import cli; cli.main(['--help'], standalone_mode=False); "
         "print('with torch' if 'torch' in sys.modules else 'without torch')",
@@ -486,7 +496,7 @@ def cluster_scaling(bench: Bench) -> list[Line]:
     """A sweep on one and on two workers of a Dask scheduler; and what a job and its result cost the one writer."""
     jobs, num_train = bench.pick((8, 3_000), (4, 100))
     bench.images(num_train, 1)  # or Skipped
-    settings = {"dataset": bench.dataset, "num_train": num_train, "batch_size": 64, "lr": LR, "epochs": 2}
+    of = {"dataset": bench.dataset, "num_train": num_train, "batch_size": 64, "lr": LR, "epochs": 2}
     with baselines.dask_scheduler() as (address, start_worker):
         environment = {"COMPANION_CLUSTER": address}
 
@@ -494,8 +504,8 @@ def cluster_scaling(bench: Bench) -> list[Line]:
             def prepare():
                 start_worker(workers)
                 # What each worker does once: import the package, read the data.
-                cluster.connect(address).run(sweeps._dataset, {**sweeps.DEFAULTS, **settings})
-                call = _sweep([settings], jobs)()
+                cluster.connect(address).run(checked, of)
+                call = _sweep([of], jobs)()
 
                 def run():
                     with mock.patch.dict(os.environ, environment):
@@ -514,7 +524,7 @@ def cluster_scaling(bench: Bench) -> list[Line]:
         cluster.connect(address).close()
     one, two = seconds.values()
     each = statistics.median(one) / jobs
-    writes, size = _cost_of_a_result(settings)
+    writes, size = _cost_of_a_result(of)
     most = each / writes
     note = f"{checked}; a job takes {each:.2g} s, and its {size / 1e3:.0f} kB {1000 * writes:.1f} ms of the runner; "
     note += (
@@ -529,7 +539,7 @@ def _cost_of_a_result(settings: Mapping) -> tuple[float, int]:
     """Seconds that the runner spends on a job's result beyond its training, and the result's bytes."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        frame = sweeps.run([settings], 1, store=store).drop(columns="run")
+        frame = sweep.run([settings], 1, store=store).drop(columns="run")
         packed, took = cloudpickle.dumps(frame), []
         for k in range(20):
             started = time.perf_counter()
@@ -548,14 +558,14 @@ def cost_growth(bench: Bench) -> list[Line]:
         bench.pick((1_500, 256), (100, 16)),
     )
 
-    def training(num_train: int, model: str = model) -> Side:
+    def training(num_train: int, net: Callable = nets.NETS[model]) -> Side:
         x, y = torch.rand(num_train, 784, generator=torch.Generator().manual_seed(0)), torch.arange(num_train) % 10
-        dataset = data.Dataset("random", x, y, x[:few], y[:few], 10, "")
-        return lambda: functools.partial(ours_training(dataset, model).advance, epochs=1, record=False)
+        dataset = Tensors("random", x, y, x[:few], y[:few])
+        return lambda: functools.partial(ours_training(dataset, net).advance, epochs=1, record=False)
 
     quantities = {
         "seeds": {n: _sweep([base], n, 1) for n in counts},
-        "batch sizes": {n: _sweep(sweeps.grid(base, batch_size=[64 + i for i in range(n)]), 1, 1) for n in counts},
+        "batch sizes": {n: _sweep(sweep.grid(base, batch_size=[64 + i for i in range(n)]), 1, 1) for n in counts},
         "training examples": {few * n: training(few * n) for n in counts},
         "width (one hidden layer)": {width * n: training(few, _one_hidden_layer(width * n)) for n in counts},
     }
@@ -570,11 +580,8 @@ def cost_growth(bench: Bench) -> list[Line]:
     return lines
 
 
-def _one_hidden_layer(width: int) -> str:
-    """The name of a model that has it."""
-    initialise = models.MODELS["small_mlp"][1]
-    models.MODELS[f"mlp_{width}"] = (lambda *shape: models.MLP(*shape, hidden=[width])), initialise
-    return f"mlp_{width}"
+def _one_hidden_layer(width: int) -> Callable:
+    return functools.partial(nets.MLP, hidden=(width,), initialise=nets.he_uniform_then_xavier_uniform)
 
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {

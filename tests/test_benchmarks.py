@@ -9,12 +9,11 @@ import joblib
 import pytest
 import torch
 
-from benchmarks import baselines, report, rows, timing
+from benchmarks import baselines, report, timing
 from benchmarks.__main__ import main
 from benchmarks.rows import ROWS, Bench
 
 SMOKE = Bench(pairs=2, smoke=True)
-NEEDS = {"blobs-sweep": ["keras", "tensorflow"], "per-example": ["backpack"]}
 
 
 @pytest.fixture(autouse=True)
@@ -31,19 +30,18 @@ def line(values, **options):
     return timing.Line("a-row", "a case", "a baseline", values, **options)
 
 
-# Every row
+# Rows
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ["walk", "per-example"])
 def test_row(name):
-    for package in NEEDS.get(name, []):
-        pytest.importorskip(package)
-    bench = Bench(pairs=1, smoke=True) if name == "start" else SMOKE  # its processes take seconds each
-    for found in ROWS[name](bench):
+    if name == "per-example":
+        pytest.importorskip("backpack")
+    for found in ROWS[name](SMOKE):
         assert found.row == name and found.case and found.against and found.target > 0
-        assert len(found.values) in (1, bench.pairs)
+        assert len(found.values) in (1, SMOKE.pairs)
         if found.theirs:
-            assert len(found.ours) == len(found.theirs) == bench.pairs
+            assert len(found.ours) == len(found.theirs) == SMOKE.pairs
             quotients = [found.ours, found.theirs] if found.at_least else [found.theirs, found.ours]
             if found.unit == "×":
                 assert found.values == pytest.approx([b / a for a, b in zip(*quotients)])
@@ -63,19 +61,10 @@ def test_the_command_writes_a_table_a_json_and_a_figure(tmp_path, capsys):
 # Wrong results
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "attribute", "wrong"),
-    [
-        ("mnist-epoch", baselines, "accuracy", lambda *arguments: 0.99),
-        ("walk", baselines, "walk_port", lambda *arguments: [[1.0, 2.0]]),
-        ("seeds", rows, "ours_training", lambda dataset, **options: rows.Training(dataset, **{**options, "lr": 1.0})),
-        ("frozen", baselines, "minibatch_norms", lambda *arguments: [1.0] * 4),
-    ],
-)
-def test_a_wrong_result_fails_the_row(name, module, attribute, wrong, monkeypatch):
-    monkeypatch.setattr(module, attribute, wrong)
+def test_a_wrong_result_fails_the_row(monkeypatch):
+    monkeypatch.setattr(baselines, "walk_port", lambda *arguments: [[1.0, 2.0]])
     with pytest.raises(timing.Mismatch, match="differ"):
-        ROWS[name](SMOKE)
+        ROWS["walk"](SMOKE)
 
 
 def test_a_failed_row_is_named_and_the_exit_code_is_1(tmp_path, capsys, monkeypatch):
@@ -180,12 +169,3 @@ def test_help_does_not_import_torch():
     code = "import sys; from companion.cli import main; main(['--help'], standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
-
-
-def test_the_readme_shows_the_committed_table_and_the_figure():
-    root = report.data.PROJECT
-    committed = (root / "outputs/reference/benchmarks/benchmarks.md").read_text(encoding="utf-8")
-    table = [one for one in committed.splitlines() if one.startswith("|")]
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    assert len(table) > 20 and "\n".join(table) in readme
-    assert "(outputs/reference/benchmarks/sweep_seconds.png)" in readme

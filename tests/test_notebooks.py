@@ -87,7 +87,7 @@ def test_what_digits_change_is_laid_over_laptop_and_paper_but_not_over_quick():
         assert planned.parameters.items() >= section.items()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_it_runs_headlessly_and_every_slider_works(name, tmp_path):
     folder, out = tmp_path / "notebooks", tmp_path / "out"
     folder.mkdir()
@@ -115,6 +115,7 @@ def test_claims_of_the_ledger_are_all_judged_by_a_notebook():
     assert set(re.findall(r'judge\(\s*"([\w-]+)"', source)) == set(claims.CLAIMS)
 
 
+@pytest.mark.slow
 def test_plain_papermill_works_from_any_folder(tmp_path):
     notebook = parameters.notebooks()["00_start_here"]
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", "-k", "python3"]
@@ -122,6 +123,7 @@ def test_plain_papermill_works_from_any_folder(tmp_path):
     assert (tmp_path / "figures" / "00_start_here.png").exists()
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_on_the_real_mnist(mnist_root, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_DATA", str(mnist_root))
     small = {"num_train": 2000, "epochs": 2, "more_epochs": 1, "early": 1}
