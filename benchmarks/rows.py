@@ -504,7 +504,7 @@ def cluster_scaling(bench: Bench) -> list[Line]:
             def prepare():
                 start_worker(workers)
                 # What each worker does once: import the package, read the data.
-                cluster.connect(address).run(checked, of)
+                cluster.connect(address).run(of_runs.checked, of)
                 call = _sweep([of], jobs)()
 
                 def run():
