@@ -34,6 +34,7 @@ from helpers.measure import fits, gradients, memory, noise
 from helpers.problems import builtin, nets
 from helpers.problems.dataset import Tensors
 from helpers.sweep import cluster
+from helpers.sweep import settings as of_runs
 from helpers.sweep.store import Store, key_of
 
 LR = 0.01  # the write-up's
