@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,15 +31,51 @@ from helpers.problems.problem import LOSSES, Problem
 
 PROJECT = Path(__file__).resolve().parents[3]
 
-# Sizes known without reading the data, so that a batch size can be refused before anything starts.
-TEST_SIZES = {"mnist": 10_000, "fashion_mnist": 10_000, "kmnist": 10_000, "digits": 500, "blobs": 500}
-TRAIN_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "kmnist": 60_000, "digits": 1_297, "blobs": 500}
 
-# Largest value, and mean and standard deviation of the training pixels in [0, 1]. MNIST's are the write-up's.
-_SCALES = {
-    "mnist": (255.0, 0.1307, 0.3081), "fashion_mnist": (255.0, 0.2860, 0.3530), "kmnist": (255.0, 0.1918, 0.3483),
-    "digits": (16.0, 0.3053, 0.3763), "blobs": (1.0, 0.0, 1.0),
-}  # fmt: skip
+def _digits() -> tuple[np.ndarray, ...]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = digits.images[:, None].astype(np.uint8)
+    train, test, train_targets, test_targets = train_test_split(
+        images, digits.target, test_size=500, stratify=digits.target, random_state=0
+    )
+    return train, train_targets, test, test_targets
+
+
+def _blobs() -> tuple[np.ndarray, ...]:
+    from sklearn.datasets import make_blobs
+
+    inputs, targets = make_blobs(n_samples=1000, centers=3, n_features=2, cluster_std=2, random_state=2)
+    return inputs[:500], targets[:500], inputs[500:], targets[500:]
+
+
+class BuiltIn(NamedTuple):
+    """A built-in dataset: its sizes, known without reading it, and how to read and scale its inputs.
+
+    largest, mean, std: the largest raw value; mean and standard deviation of the training inputs divided by it.
+    read: returns the raw arrays x, y, x_test, y_test; None for the torchvision class of that name.
+    """
+
+    num_train: int
+    num_test: int
+    largest: float
+    mean: float
+    std: float
+    read: Callable[[], tuple[np.ndarray, ...]] | None = None
+
+
+# To add a dataset, add its row here. MNIST's mean and deviation are the write-up's.
+DATASETS = {
+    "mnist": BuiltIn(60_000, 10_000, 255.0, 0.1307, 0.3081),
+    "fashion_mnist": BuiltIn(60_000, 10_000, 255.0, 0.2860, 0.3530),
+    "kmnist": BuiltIn(60_000, 10_000, 255.0, 0.1918, 0.3483),
+    "digits": BuiltIn(1_297, 500, 16.0, 0.3053, 0.3763, _digits),
+    "blobs": BuiltIn(500, 500, 1.0, 0.0, 1.0, _blobs),
+}
+TRAIN_SIZES = {name: one.num_train for name, one in DATASETS.items()}
+TEST_SIZES = {name: one.num_test for name, one in DATASETS.items()}
 
 # torchvision verifies the archives only; these are the unpacked files of the original MNIST.
 _MNIST_MD5 = {
@@ -146,18 +183,17 @@ def load(
 
 @functools.lru_cache(maxsize=4)
 def _load(name: str, num_train: int | None, subset_seed: int, device: str, root: str) -> Tensors:
-    read = {"digits": _digits, "blobs": _blobs}.get(name, functools.partial(_torchvision, name, root))
-    inputs, targets, test_inputs, test_targets = read()
+    _, _, largest, mean, std, read = DATASETS[name]
+    inputs, targets, test_inputs, test_targets = read() if read else _torchvision(name, root)
     if num_train is not None and num_train != len(targets):
         keep = _stratified(targets, num_train, subset_seed)
         inputs, targets = inputs[keep], targets[keep]
     content = hashlib.sha256(name.encode())
     for array in (inputs, targets, test_inputs, test_targets):
         content.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    scale, mean, std = _SCALES[name]
 
     def tensors(x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.from_numpy(np.ascontiguousarray(x)).to(device).float().div_(scale).sub_(mean).div_(std)
+        x = torch.from_numpy(np.ascontiguousarray(x)).to(device).float().div_(largest).sub_(mean).div_(std)
         return x, torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64)).to(device)
 
     return Tensors(
@@ -175,10 +211,10 @@ def resolve(name: str, root: str | Path | None = None) -> tuple[str, str]:
 
     Verifies the files of a torchvision dataset, and downloads them where they are missing.
     """
-    if name in ("digits", "blobs"):
+    if name != "auto" and name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}; choose one of: auto, {', '.join(DATASETS)}")
+    if name != "auto" and DATASETS[name].read:
         return name, ""
-    if name != "auto" and name not in TRAIN_SIZES:
-        raise ValueError(f"unknown dataset {name!r}; choose one of: auto, {', '.join(TRAIN_SIZES)}")
     real = "mnist" if name == "auto" else name
     if _verify(real, data_root(root)):
         return real, ""
@@ -243,7 +279,7 @@ def _within(patience: float, act, growing: Path) -> None:
 
 def files_of(name: str, root: str | Path | None = None) -> dict[str, bytes]:
     """Pack the files of a torchvision dataset by name, for workers on other machines; scikit-learn's have none."""
-    if name not in TRAIN_SIZES or name in ("digits", "blobs"):
+    if name not in DATASETS or DATASETS[name].read:
         return {}
     raw = data_root(root) / _torchvision_class(name).__name__ / "raw"
     names = [archive.removesuffix(".gz") for archive, _ in _torchvision_class(name).resources]
@@ -320,25 +356,6 @@ def _torchvision(name: str, root: str):
     cls = _torchvision_class(name)
     train, test = cls(root, train=True), cls(root, train=False)
     return (*(x.numpy() for x in (train.data[:, None], train.targets, test.data[:, None], test.targets)),)
-
-
-def _digits():
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = digits.images[:, None].astype(np.uint8)
-    train, test, train_targets, test_targets = train_test_split(
-        images, digits.target, test_size=500, stratify=digits.target, random_state=0
-    )
-    return train, train_targets, test, test_targets
-
-
-def _blobs():
-    from sklearn.datasets import make_blobs
-
-    inputs, targets = make_blobs(n_samples=1000, centers=3, n_features=2, cluster_std=2, random_state=2)
-    return inputs[:500], targets[:500], inputs[500:], targets[500:]
 
 
 def _stratified(targets: np.ndarray, num_train: int, seed: int) -> np.ndarray:
