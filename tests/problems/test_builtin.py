@@ -76,12 +76,13 @@ def test_digits_are_split_1297_to_500_by_class_and_normalised():
     np.testing.assert_allclose(test, (train + test) * 500 / 1797, atol=1)
 
 
-@pytest.mark.parametrize("name", ["digits", "blobs"])
+@pytest.mark.parametrize("name", [name for name, one in builtin.DATASETS.items() if one.read])
 def test_tensors_have_the_promised_types_and_the_size_known_beforehand(name):
     dataset = builtin.load(name, device="cpu")
     assert dataset.train_inputs.dtype == dataset.test_inputs.dtype == torch.float32
     assert dataset.train_targets.dtype == dataset.test_targets.dtype == torch.int64
-    assert dataset.num_train == builtin.TRAIN_SIZES[name]
+    assert (dataset.num_train, dataset.num_test) == (builtin.TRAIN_SIZES[name], builtin.TEST_SIZES[name])
+    assert set(dataset.train_targets.tolist()) == set(range(dataset.num_classes))
 
 
 def test_an_unknown_dataset_is_refused_with_the_choices():

@@ -69,6 +69,17 @@ def test_brownlees_hidden_layer_is_he_uniform_and_its_head_xavier_uniform():
     assert not found["head.bias"].any()
 
 
+@pytest.mark.parametrize("name", nets.NETS)
+def test_every_net_is_its_seeds_alone_and_uses_every_weight(name):
+    first, again, other = (module(name, (1, 8, 8), 10, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters()))
+    assert any(not torch.equal(p, q) for p, q in zip(first.parameters(), other.parameters()))
+    outputs = first(random_inputs(6, 1, 8, 8).float())
+    assert outputs.shape == (6, 10)
+    F.cross_entropy(outputs, torch.arange(6)).backward()
+    assert all(p.grad.isfinite().all() for p in first.parameters())
+
+
 # Forward passes
 
 
