@@ -252,7 +252,7 @@ def test_the_same_figure_is_the_same_svg_to_the_byte(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["helpers.plots", "helpers.sweep.store", "helpers.ledger.claims", "companion.runs", "companion.cli"]
+    "module", ["helpers.plots", "helpers.sweep.store", "helpers.ledger.claims", "companion.run", "companion.cli"]
 )
 def test_modules_that_need_no_torch_import_none(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -70,7 +70,7 @@ def forbidden(source):
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.stem)
 def test_no_source_unpickles_evaluates_or_asks_a_shell(file):
     found = forbidden(file.read_text(encoding="utf-8"))
-    if file == Path(jobs.__file__):  # a job goes to its worker through a pipe, or Dask's own channel
+    if file.stem in ("jobs", "sending", "memory"):  # objects go to workers through a pipe, or Dask's own channel
         found = [one for one in found if not one.endswith("pickle")]
     assert found == []
 

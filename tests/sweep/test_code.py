@@ -239,5 +239,5 @@ def test_what_cannot_be_sent_is_refused_in_one_line(monkeypatch):
     lock = __import__("threading").Lock()
     problem = Problem(DATA, Net(lambda: lock and nn.Linear(5, 2), key="locked"))
     monkeypatch.setattr(jobs, "_WORTH_WORKERS", 0.0)
-    with pytest.raises(ValueError, match=r"this problem cannot be sent to a worker .*; run it with jobs=1"):
+    with pytest.raises(ValueError, match=r"this problem cannot be sent to another process .*; run it with jobs=1"):
         sweep.run(sweep.grid({"problem": problem, "batch_size": 10, "epochs": 1}, lr=[0.1, 0.2]), 1, jobs=2)

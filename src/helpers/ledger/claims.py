@@ -104,7 +104,7 @@ def _part(where: str, value: dict) -> tuple[str, Part]:
 
 def _read(file: Path) -> object:
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{file.name}: {' '.join(str(error).split())}") from None
 

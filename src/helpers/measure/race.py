@@ -34,8 +34,9 @@ def within_reach(history: pd.DataFrame, target: float, column: str = "test_accur
 def arrivals(history: pd.DataFrame, goal: float, column: str = "test_accuracy") -> pd.DataFrame:
     """One row per run: the first record with ``column`` at or above ``goal``, or its last record if none is.
 
-    The record before the first step does not count. ``reached`` says which; a run that does not reach the goal has infinite ``steps``. ``mean_batch`` is examples per
-    step, which the short last minibatch of an epoch makes smaller than the batch size.
+    The record before the first step does not count. ``reached`` says which; a run that does not reach the goal has
+    infinite ``steps``. ``mean_batch`` is examples per step, which the short last minibatch of an epoch makes smaller
+    than the batch size.
     """
     history = history[history.steps > 0]
     ordered = history.assign(reached=history[column] >= goal).sort_values("steps", kind="stable")

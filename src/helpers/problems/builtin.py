@@ -176,8 +176,9 @@ def load(
     Raises ValueError for an unknown name or an impossible subset, DataError for files that are missing or damaged.
     """
     name, note = resolve(name, root)
-    if note:
+    if note:  # the stand-in has fewer examples
         warnings.warn(note, stacklevel=2)
+        num_train = num_train and min(num_train, TRAIN_SIZES[name])
     return _load(name, num_train, subset_seed, str(pick_device(device)), str(data_root(root)))
 
 

@@ -110,7 +110,7 @@ class Store:
         lock.release()
 
     def _claim_file(self, key: str) -> Path:
-        return self.folder / ".claims" / key
+        return self.folder / ".claims" / _checked(key)
 
     def all_keys(self) -> list[str]:
         """The keys of all entries, whole or not."""
@@ -159,7 +159,7 @@ class Store:
 
     def _record(self, key: str) -> dict | None:
         """The verified record of an entry, or None; a damaged entry is moved to ``damaged/`` with a warning."""
-        entry = self.folder / key
+        entry = self.folder / _checked(key)
         if not entry.exists():
             return None
         try:
@@ -215,6 +215,13 @@ def _verified(entry: Path) -> dict:
 
 
 _KEY = re.compile("[0-9a-f]{24}")
+
+
+def _checked(key: str) -> str:
+    """The key. Raises ValueError unless it is one: a name with a slash in it would lead out of the store."""
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is not a key; expected 24 hex digits, as key_of gives them")
+    return key
 
 
 def size(path: Path) -> int:
