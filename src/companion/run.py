@@ -53,7 +53,7 @@ def run(
     )
     environment = environment_of(planned, jobs, cluster, timeout)
     out = new_folder(out, parameters.OUTPUTS / "runs" / f"{time.strftime('%Y-%m-%d_%H%M%S')}-{profile}")
-    say(f"profile {profile} on {real}, {len(planned)} notebooks, into {out}")
+    say(f"profile {profile} on {(given or {}).get('problem') or real}, {len(planned)} notebooks, into {out}")
     if note:
         say(f"\n{LOUD}\n{note}\n{LOUD}\n")
     about = {"profile": profile, "dataset": real, "dataset_note": note, "given": dict(given or {}), **machine()}
