@@ -2,9 +2,11 @@
 
 import collections
 import functools
+import importlib
 import linecache
 import logging
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +104,32 @@ def test_code_counts(change):
     first, second = CHANGES[change]
     assert fingerprint.of(make(first)) == fingerprint.of(make(first)), "not the same twice"
     assert fingerprint.of(make(first)) != fingerprint.of(make(second))
+
+
+@pytest.mark.parametrize(
+    ("own", "inner", "same"),
+    [
+        ("import inner_h6\n# why\ndef g():\n    return inner_h6.h()\n", "def h():\n    return 1\n", True),
+        ("import inner_h6\ndef g():\n    return -inner_h6.h()\n", "def h():\n    return 1\n", False),
+        ("import inner_h6\ndef g():\n    return inner_h6.h()\n", "def h():\n    return 2\n", False),
+    ],
+)
+def test_modules_of_ones_own_count_by_their_code_and_by_what_they_import(tmp_path, monkeypatch, own, inner, same):
+    def of(folder, own, inner):
+        folder.mkdir()
+        (folder / "own_h6.py").write_text(own)
+        (folder / "inner_h6.py").write_text(inner)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            module = importlib.import_module("own_h6")
+        found = fingerprint.of(make("def f():\n    return own_h6.g()\n", own_h6=module))
+        for name in ("own_h6", "inner_h6"):
+            del sys.modules[name]
+        return found
+
+    before = "import inner_h6\ndef g():\n    return inner_h6.h()\n"
+    first = of(tmp_path / "a", before, "def h():\n    return 1\n")
+    assert (first == of(tmp_path / "b", own, inner)) == same
 
 
 def test_what_a_function_closes_over_counts():

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.problems import nets
-from helpers.problems.nets import parts
+
+# By name where code uses them: a hash of this code (``settings.KNOWN_CODE``) then follows these, not all of the module.
+from helpers.problems.nets import GhostBatchNorm, groups, parts
 from helpers.problems.problem import LOSSES, squared_error
 
 # On a CPU, replicas of a network with fewer parameters share a step's overhead: one batched product serves them all.
@@ -176,7 +178,7 @@ class GroupNorm(_Norm):
 
     def __init__(self, replicas: int, channels: int):
         super().__init__(replicas, channels)
-        self.groups = nets.groups(channels)
+        self.groups = groups(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.group_norm(x, len(self.weight) * self.groups, self.weight.flatten(), self.bias.flatten())
@@ -327,7 +329,7 @@ class CNN(Model):
 
 
 def _norm(replicas: int, norm: nn.Module) -> _Norm:
-    if isinstance(norm, nets.GhostBatchNorm):
+    if isinstance(norm, GhostBatchNorm):
         return BatchNorm(replicas, len(norm.weight), norm.norm_batch_size)
     return GroupNorm(replicas, norm.num_channels)
 

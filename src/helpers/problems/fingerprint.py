@@ -78,12 +78,20 @@ class _Digest:
             self._say("code", value.co_code, value.co_names, value.co_varnames)
             return self._all(value.co_consts)
         if isinstance(value, types.ModuleType):
-            return self._say("module", value.__name__, b"" if is_library(value) else Path(value.__file__).read_bytes())
+            return self._module(value)
         return self._code_or_object(value)
 
     def _all(self, values) -> None:
         for value in values:
             self.add(value)
+
+    def _module(self, module: types.ModuleType) -> None:
+        self._say("module", module.__name__)
+        if not is_library(module):
+            self._say(_without_docstrings(Path(module.__file__).read_text(encoding="utf-8")))
+            code = types.ModuleType | types.FunctionType | type
+            imported = (v for v in vars(module).values() if isinstance(v, code) and inspect.getmodule(v) is not module)
+            self._all(v for v in imported if not is_library(inspect.getmodule(v)))
 
     def _code_or_object(self, value: object) -> None:
         if isinstance(value, types.MethodType):
@@ -146,10 +154,17 @@ def _source(function: types.FunctionType) -> str | None:
     if function.__name__ == "<lambda>":
         return None  # its lines hold more than itself
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return _without_docstrings(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
+
+
+def _without_docstrings(source: str) -> str:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
