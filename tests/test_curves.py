@@ -49,3 +49,10 @@ def test_the_ratio_farthest_from_one_may_be_below_it():
     index = pd.MultiIndex.from_product([[64, 256], [0, 1]], names=["batch_size", "seed"])
     assert curves.farthest_from_one(pd.Series([1.1, 0.99, 0.8, 1.02], index=index)).tolist() == [0.8, 1.02]
     assert math.isnan(curves.farthest_from_one(pd.Series([math.nan] * 4, index=index))[0])
+
+
+def test_runs_are_compared_by_what_was_measured():
+    nothing = dict.fromkeys(["test_accuracy", "train_accuracy", "test_loss", "train_loss"], [math.nan])
+    assert curves.score_of(pd.DataFrame({**nothing, "test_accuracy": [0.9]})) == ("test_accuracy", "{:.1%}")
+    assert curves.score_of(pd.DataFrame({**nothing, "train_accuracy": [0.9]}))[0] == "train_accuracy"
+    assert curves.score_of(pd.DataFrame(nothing))[0] == "train_loss"

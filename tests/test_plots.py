@@ -327,8 +327,9 @@ def test_a_rate_map_stands_cells_without_a_value_and_single_sizes(sizes):
 def test_an_axis_is_logarithmic_where_something_is_above_0():
     fig, (left, right) = plt.subplots(1, 2)
     left.scatter([1, 2], [0.0, 3.0])
-    right.plot([1, 2], [0.0, np.nan])
-    assert [plots.log_y(ax).get_yscale() for ax in (left, right)] == ["log", "linear"]
+    right.plot([1, 2], [np.nan, np.nan])
+    assert [plots.log_scale(ax).get_yscale() for ax in (left, right)] == ["log", "linear"]
+    assert [plots.log_scale(ax, "x").get_xscale() for ax in (left, right)] == ["log", "linear"]
     fig.canvas.draw()
 
 

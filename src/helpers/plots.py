@@ -98,10 +98,10 @@ def batch_size_axis(ax: Axes, batch_sizes: Sequence[float], y: str = "") -> Axes
     return ax
 
 
-def log_y(ax: Axes) -> Axes:
-    """A log y-axis; where nothing drawn is above 0, as when every run diverged, it stays linear."""
-    if np.isfinite(ax.dataLim.minposy):
-        ax.set_yscale("log")
+def log_scale(ax: Axes, axis: str = "y") -> Axes:
+    """A logarithmic ``axis``; where nothing drawn is above 0, as when every run diverged, it stays linear."""
+    if np.isfinite(ax.dataLim.minposy if axis == "y" else ax.dataLim.minposx):
+        ax.set(**{f"{axis}scale": "log"})
     return ax
 
 

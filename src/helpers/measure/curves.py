@@ -10,6 +10,20 @@ import pandas as pd
 from helpers.measure import fits
 
 
+def score_of(history: pd.DataFrame) -> tuple[str, str]:
+    """Choose the column to compare runs by, and the format of its values.
+
+    The test accuracy; or the next that has values: without a test set that is the train accuracy, and in a regression
+    the test loss.
+
+    >>> score_of(pd.DataFrame({"test_accuracy": [np.nan], "test_loss": [0.2], "train_accuracy": [np.nan]}))
+    ('test_loss', '{:.3g}')
+    """
+    columns = ("test_accuracy", "train_accuracy", "test_loss")
+    score = next((c for c in columns if history[c].notna().any()), "train_loss")
+    return score, "{:.1%}" if score.endswith("accuracy") else "{:.3g}"
+
+
 def noise_between_epochs(history: pd.DataFrame, column: str = "test_accuracy") -> pd.DataFrame:
     """Measure how unsteady each run is: columns ``batch_size``, ``seed`` and ``noise``.
 
