@@ -134,6 +134,15 @@ def test_dataset_and_model_choose_the_problem(start):
     assert lab.session.builds == 4 and lab.error == ""
 
 
+def test_a_model_that_the_new_dataset_has_not_gives_the_dataset_its_first(start):
+    lab = start([IMAGES, DIGITS, BLOBS])
+    with lab._drawing:  # the menu of models has yet to follow
+        lab.dataset.value = "blobs"
+        lab.model.value = "brownlee_mlp"
+        lab.model.value = "plain_cnn"
+    assert settle(lab).session.settings["problem"] == ("blobs", "brownlee_mlp")
+
+
 def test_named_problems_have_one_dropdown(start):
     lab = start({"small": BLOBS, "wide": BLOBS_WIDE})
     assert lab.problem.options == ("small", "wide") and lab.problem in shown(lab)

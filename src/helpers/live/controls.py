@@ -109,7 +109,9 @@ def table(lab: Lab) -> list[Control]:
 
     def act(lab: Lab, part: int) -> None:
         key = tuple(getattr(lab, name).value for name in names)
-        fitting = [k for k in lab.session.problems if k[: part + 1] == key[: part + 1]]
+        known = lab.session.problems
+        fitting = [k for k in known if k[: part + 1] == key[: part + 1]]
+        fitting = fitting or [k for k in known if k[0] == key[0]]  # a menu that has yet to follow the one above it
         lab.move("problem", key if key in fitting else fitting[0])
 
     return [*CONTROLS, *(
