@@ -19,29 +19,10 @@ import torch
 from helpers.engine import optimizers, stack
 from helpers.engine.history import History
 from helpers.engine.micro import MicroBatches
-from helpers.engine.optimizers import OPTIMIZERS, check_optimizer
+from helpers.engine.optimizers import check_optimizer
 from helpers.engine.order import Order
-from helpers.engine.schedules import (
-    Schedule,
-    check_above,
-    check_batch_size,
-    check_examples,
-    check_lr,
-    schedule,
-    values_of,
-)
+from helpers.engine.schedules import Schedule, check_above, check_batch_size, check_examples, check_lr, values_of
 from helpers.problems import Problem
-
-__all__ = [
-    "NUMERICS",
-    "OPTIMIZERS",
-    "Schedule",
-    "Training",
-    "check_batch_size",
-    "check_lr",
-    "check_optimizer",
-    "schedule",
-]
 
 # Raise this when a change alters results: what the store holds under an older number is computed again.
 NUMERICS = 4

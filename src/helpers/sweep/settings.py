@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from helpers import problems
 from helpers.engine import kernels, stack
+from helpers.engine.optimizers import check_optimizer
 from helpers.engine.schedules import Schedule, check_batch_size, check_lr, values_of
-from helpers.engine.training import NUMERICS, check_optimizer
+from helpers.engine.training import NUMERICS
 from helpers.problems import Problem, fingerprint, nets
 from helpers.sweep import cluster
 from helpers.sweep.store import key_of
