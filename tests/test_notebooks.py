@@ -119,7 +119,8 @@ def test_claims_of_the_ledger_are_all_judged_by_a_notebook():
 def test_plain_papermill_works_from_any_folder(tmp_path):
     notebook = parameters.notebooks()["00_start_here"]
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", "-k", "python3"]
-    subprocess.run([*command, "-p", "lr", "0.05", "-p", "epochs", "2"], cwd=tmp_path, check=True, capture_output=True)
+    command += ["-p", "lr", "0.05", "-p", "epochs", "2", "-p", "output_dir", "."]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "figures" / "00_start_here.png").exists()
 
 
