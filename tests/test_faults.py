@@ -86,9 +86,9 @@ def start(*arguments, **options):
 
 
 def companion(*arguments, code=0, **options):
-    """Run the command to its end, within two minutes; what it said."""
+    """Run the command to its end, within five minutes; what it said."""
     with start(*arguments, **options) as process:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == code, said
     assert "Traceback" not in said, said
     return said
@@ -182,7 +182,7 @@ def test_kill_9_of_a_kernel(project, tmp_path, store_folder, moment):
     struck = kernels(runner)
     if struck:
         struck[0].kill()
-    said, _ = runner.communicate(timeout=120)
+    said, _ = runner.communicate(timeout=300)
     assert runner.returncode == (1 if struck else 0) and "Traceback" not in said, said
     if struck:
         assert "1 of 2 ok" in said and "DeadKernelError" in said
@@ -201,7 +201,7 @@ def test_kill_9_of_a_worker(project, tmp_path, store_folder, moment):
     struck = workers(runner)
     if struck:
         struck[-1].kill()
-    said, _ = runner.communicate(timeout=120)
+    said, _ = runner.communicate(timeout=300)
     assert "Traceback" not in said, said
     before = entries(store_folder)
     assert "1 of 1 ok" in companion("rerun", "--resume", "--out", out)
@@ -350,7 +350,7 @@ def test_a_damaged_result_file(store_folder, file, damage):
 def test_two_runners_share_one_store(project, tmp_path, store_folder):
     arguments = ["--profile", "quick", "--dataset", "digits"]
     both = [start("run", "--only", "01", *arguments, "--out", tmp_path / name) for name in ("one", "two")]
-    said = [runner.communicate(timeout=120)[0] for runner in both]
+    said = [runner.communicate(timeout=300)[0] for runner in both]
     assert [runner.returncode for runner in both] == [0, 0], said
     assert len(entries(store_folder)) == 12
     tables = [pd.read_parquet(tmp_path / name / "tables/01_frame.parquet") for name in ("one", "two")]
