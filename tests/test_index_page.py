@@ -121,5 +121,5 @@ def test_an_executed_notebook_opens_from_the_report(opened):
     page = opened()
     page.locator("[id='01_toy_blobs']").get_by_role("link", name="by itself").click()
     page.wait_for_load_state()
-    assert "Small batches are fast and noisy" in page.locator("h1").first.inner_text()
+    assert "small batches are fast and noisy" in page.locator("h1").first.inner_text()
     assert page.locator("img").count() >= 4
