@@ -52,7 +52,7 @@ def test_the_ratio_farthest_from_one_may_be_below_it():
 
 
 def test_runs_are_compared_by_what_was_measured():
-    nothing = dict.fromkeys(["test_accuracy", "train_accuracy", "test_loss", "train_loss"], [math.nan])
+    nothing = {name: [math.nan] for name in ("test_accuracy", "train_accuracy", "test_loss", "train_loss")}
     assert curves.score_of(pd.DataFrame({**nothing, "test_accuracy": [0.9]})) == ("test_accuracy", "{:.1%}")
     assert curves.score_of(pd.DataFrame({**nothing, "train_accuracy": [0.9]}))[0] == "train_accuracy"
     assert curves.score_of(pd.DataFrame(nothing))[0] == "train_loss"
