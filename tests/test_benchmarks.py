@@ -47,6 +47,7 @@ def test_row(name):
                 assert found.values == pytest.approx([b / a for a, b in zip(*quotients)])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_a_json_and_a_figure(tmp_path, capsys):
     assert main(["--smoke", "--pairs", "1", "--rows", "mnist-epoch,frozen", "--out", str(tmp_path / "new")]) == 0
     printed = capsys.readouterr().out
@@ -67,6 +68,7 @@ def test_a_wrong_result_fails_the_row(monkeypatch):
         ROWS["walk"](SMOKE)
 
 
+@pytest.mark.slow
 def test_a_failed_row_is_named_and_the_exit_code_is_1(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(baselines, "minibatch_norms", lambda *arguments: [1.0] * 4)
     assert main(["--smoke", "--pairs", "1", "--rows", "frozen,cost-growth", "--out", str(tmp_path / "new")]) == 1

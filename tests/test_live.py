@@ -389,6 +389,7 @@ def test_a_new_lab_closes_the_one_before(start):
     assert companion_threads() == []
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_a_lab_playing_ends_well():
     code = """
 import time

@@ -137,12 +137,14 @@ class Growing:
         allocate(30)
 
 
+@pytest.mark.slow
 def test_the_peak_of_the_resident_set_is_what_was_in_use_at_once_whatever_ran_before():
     functions = [nothing, in_turn, together, in_turn, Growing(), nothing]
     for found, expected in zip(memory.peaks(functions), [0, 40e6, 120e6, 40e6, 30e6, 0]):
         assert found == pytest.approx(expected, abs=3e6)
 
 
+@pytest.mark.slow
 def test_where_the_system_cannot_reset_its_peak_a_fresh_process_has_it():
     fresh = memory._process.__wrapped__(1)
     # Linux, where this is not used, starts a process's highest at its parent's: so allocate more.
@@ -151,6 +153,7 @@ def test_where_the_system_cannot_reset_its_peak_a_fresh_process_has_it():
     fresh.shutdown()
 
 
+@pytest.mark.slow
 def test_the_step_of_a_net_of_ones_own_is_measured():
     class Own(torch.nn.Linear):
         pass
@@ -162,6 +165,7 @@ def test_the_step_of_a_net_of_ones_own_is_measured():
     assert 3_000 * per_example * 0.9 < large - small < 3_000 * per_example * 4
 
 
+@pytest.mark.slow
 def test_the_largest_batch_of_a_budget_is_predicted():
     problem, batches = digits("plain_cnn"), (200, 400, 800)
     line = memory.fit_line(batches, memory.peaks([Training(problem, batch_size=b).step for b in batches]))
@@ -279,6 +283,7 @@ print(faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
 def test_what_a_step_frees_the_next_one_has_without_asking_the_system():
     def faults(what: str, **environment: str) -> int:

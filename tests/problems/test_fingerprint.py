@@ -1,10 +1,13 @@
 """A net's key changes when its code does, and not otherwise."""
 
+import abc
 import collections
+import copy
 import functools
 import importlib
 import linecache
 import logging
+import pickle
 import re
 import sys
 from dataclasses import dataclass
@@ -171,6 +174,25 @@ def test_instances_and_their_methods_count_by_what_they_hold():
     assert fingerprint.of(Scaled(2)) == fingerprint.of(Scaled(2))
     assert fingerprint.of(Scaled(2)) != fingerprint.of(Scaled(3))
     assert fingerprint.of(Scaled(2).make) != fingerprint.of(Scaled(3).make)
+
+
+class Base(abc.ABC):
+    @abc.abstractmethod
+    def make(self):
+        pass
+
+
+class Concrete(Base):
+    def make(self):
+        return nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize("value", [Scaled(2), Concrete()])
+def test_a_hash_is_the_same_after_the_class_was_used(value):
+    before = fingerprint.of(value)
+    isinstance(copy.deepcopy(value), Base)
+    pickle.dumps(value)
+    assert fingerprint.of(value) == before
 
 
 def test_partials_count_by_function_and_arguments():

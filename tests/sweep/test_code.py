@@ -205,6 +205,7 @@ def test_a_problem_defined_in_a_test_trains_on_two_workers(monkeypatch, tmp_path
     assert_workers_train(sweep.grid(base, lr=[0.1, 0.2]), monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_problem_of_a_module_that_workers_lack_trains_on_them(monkeypatch, tmp_path, own_modules):
     base = {"problem": own_modules.problem(), "batch_size": 10, "epochs": 2}
     assert_workers_train(sweep.grid(base, lr=[0.1, 0.2]), monkeypatch, tmp_path)
@@ -215,6 +216,7 @@ def test_a_built_in_net_changed_at_run_time_trains_on_workers(monkeypatch, tmp_p
     assert_workers_train(sweep.grid(SMALL, lr=[0.1, 0.2]), monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_problem_of_a_script_trains_on_two_workers(tmp_path):
     script = MODULE.replace(
         "from helper_h6 import widths", "def widths():\n    return (5, 6), (6, 2)"

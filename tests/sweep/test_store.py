@@ -177,6 +177,7 @@ def write_many(folder, worker):
         store.put({"worker": worker, "i": i}, FRAME.assign(worker=worker, i=i))
 
 
+@pytest.mark.slow
 def test_processes_may_write_at_once(store_folder):
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(write_many, [store_folder] * 4, range(4)))

@@ -28,6 +28,7 @@ _GENERATED = {*vars(_Pair)} - {"_fields", "_field_defaults"}  # differ from one 
 _NOT_CODE = {
     "__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__firstlineno__", "__static_attributes__",
     "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__conditional_annotations__",
+    "__slotnames__", "__abstractmethods__", "_abc_impl",  # caches
 }  # fmt: skip
 
 
