@@ -163,9 +163,16 @@ def _source(function: types.FunctionType) -> str | None:
 def _without_docstrings(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
+        documented = isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+        if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    return repr(_plain(tree))
+
+
+def _plain(node: object) -> object:
+    """A syntax tree as tuples, without the empty fields that differ from one Python to the next."""
+    if isinstance(node, list):
+        return [_plain(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return node
+    return type(node).__name__, [(name, _plain(part)) for name, part in ast.iter_fields(node) if part not in (None, [])]
