@@ -214,16 +214,16 @@ def test_pinning_sets_a_second_run_with_a_batch_size_of_its_own(start):
     assert len(settle(lab).session.runs) == 1 and lab.pinned_batch_size.disabled
 
 
-def test_the_pace_is_in_epochs_of_the_dataset_there_is(start):
+def test_the_pace_is_kept_when_training_starts_over(start):
     lab = start(epochs_per_second=1.0)
-    assert settle(lab).session.pace.examples_per_second == 500
+    assert settle(lab).session.epochs_per_second == lab.pace.value == 1
     lab.pace.value = 5.0
-    assert settle(lab).session.pace.examples_per_second == 2500
+    assert settle(lab).session.epochs_per_second == 5
     lab.dataset.value = "digits"
     settle(lab)
-    assert settle(lab).session.pace.examples_per_second == 5 * 1297
+    assert settle(lab).session.epochs_per_second == lab.pace.value == 5
     lab.pace.value = 0.0
-    assert settle(lab).session.pace.examples_per_second is None
+    assert settle(lab).session.epochs_per_second == 0
 
 
 def test_the_x_axis_is_what_one_chooses(start):

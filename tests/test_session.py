@@ -234,8 +234,8 @@ def test_of_several_moves_before_one_step_the_last_acts(start):
     [("batch_size", 0), ("batch_size", 501), ("batch_size", 1.5), ("batch_size", "8"), ("batch_size", None),
      ("pinned_batch_size", 0), ("pinned_batch_size", 501), ("lr", 0), ("lr", math.nan), ("lr", "x"), ("momentum", 1),
      ("momentum", -0.1), ("momentum", None), ("optimizer", "lion"), ("problem", "cifar"), ("problem", ("blobs", "x")),
-     ("examples_per_second", 0), ("examples_per_second", -1), ("examples_per_second", math.nan),
-     ("examples_per_second", "fast"), ("seed", 3), ("nonsense", 1)],
+     ("epochs_per_second", None), ("epochs_per_second", -1), ("epochs_per_second", math.nan),
+     ("epochs_per_second", "fast"), ("seed", 3), ("nonsense", 1)],
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_refused_at_once(start, name, value):
     s = start()
@@ -255,7 +255,7 @@ def test_a_momentum_is_refused_where_the_optimizer_has_none(start):
 @pytest.mark.parametrize(
     "settings",
     [{"batch_size": 501}, {"batch_size": None}, {"lr": -1}, {"momentum": 1}, {"optimizer": "lion"},
-     {"momentum": 0.5, "optimizer": "adam"}, {"examples_per_second": 0}],
+     {"momentum": 0.5, "optimizer": "adam"}, {"epochs_per_second": -1}],
 )  # fmt: skip
 def test_settings_that_cannot_be_trained_start_no_thread(start, settings):
     with pytest.raises(ValueError, match=r".+"):
@@ -676,7 +676,7 @@ def test_the_threads_that_torch_uses_are_given_back(start):
 
 
 def test_the_pace_bounds_progress(start):
-    s = start(examples_per_second=400)
+    s = start(epochs_per_second=0.8)
     began = time.monotonic()
     s.play()
     until(lambda: s.runs[0].training.examples_seen >= 160)
@@ -686,10 +686,10 @@ def test_the_pace_bounds_progress(start):
 
 
 def test_the_pace_may_change_while_it_plays(start):
-    s = start(examples_per_second=0.01)  # a step in 800 seconds
+    s = start(epochs_per_second=2e-5)  # a step in 800 seconds
     s.play()
     until(lambda: s.runs[0].training.steps == 1)
-    s.move("examples_per_second", None)
+    s.move("epochs_per_second", 0)
     until(lambda: s.runs[0].training.steps > 20)
 
 

@@ -15,7 +15,7 @@ from html import escape
 import numpy as np
 import seaborn as sns
 from matplotlib.colors import to_hex
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from PIL import Image
 
 INK, FAINT = "var(--jp-ui-font-color1, #222)", "var(--jp-border-color2, #ccc)"
@@ -90,8 +90,6 @@ def panel(
 
 
 def _curve(name: str, bins: np.ndarray, x: np.ndarray, down: Callable[[np.ndarray], np.ndarray]) -> list[str]:
-    """The mean of each bin, over the band of its spread."""
-
     def points(x: np.ndarray, y: np.ndarray) -> str:
         return " ".join(f"{a:.1f},{d:.1f}" for a, d in zip(x.tolist(), down(y).tolist()))
 
@@ -105,7 +103,6 @@ def _curve(name: str, bins: np.ndarray, x: np.ndarray, down: Callable[[np.ndarra
 
 
 def _marks(marks: Sequence[tuple[float, str, str]], tall: int) -> tuple[list[str], list[str]]:
-    """The lines of (x, label, run), and their labels."""
     lines, texts, free = [], [], math.inf  # free: to the left of it no label stands yet
     for x, label, run in sorted(marks, reverse=True):
         ink, long = INK if run == "this run" else RUNS[run][0], 6.5 * len(label)
@@ -133,15 +130,8 @@ def _limits(arrays: Sequence[np.ndarray], log: bool, percent: bool) -> tuple[flo
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    if not log:
-        steps = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
-        return [float(v) for v in steps if low <= v <= high * 1.0001]
-    for factors in ((1, 2, 5), (1, 3), (1,)):
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
-        if len(found) <= 7:
-            break
-    return found
+    locator = LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)) if log else MaxNLocator(5, steps=[1, 2, 5, 10])
+    return [float(value) for value in locator.tick_values(low, high) if low <= value <= high * 1.0001]
 
 
 def gauge(batch_size: int, noise_scale: float, limit: int) -> str:
@@ -149,29 +139,25 @@ def gauge(batch_size: int, noise_scale: float, limit: int) -> str:
     width, end = _WIDTH - 40, math.log2(max(limit, 2))
 
     def at(value: float) -> float:
-        return round(15 + width * min(max(math.log2(max(value, 1)) / end, 0.0), 1.0), 1)
+        return round(15 + width * min(math.log2(max(value, 1)) / end, 1.0), 1)
 
-    def anchor(value: float) -> str:
-        return "start" if at(value) < _WIDTH / 2 else "end"
+    def text(label: str, x: float, y: int, ink: str) -> str:
+        return tag("text", label, x=x, y=y, text_anchor="start" if x < _WIDTH / 2 else "end", fill=ink)
 
-    line, size = RUNS["this run"][0], at(batch_size)
+    line, size, powers = RUNS["this run"][0], at(batch_size), range(0, int(end) + 1, 2 if end > 9.5 else 1)
     parts = [
         tag("line", x1=15, x2=15 + width, y1=50, y2=50, stroke=INK),
-        tag("path", d=f"M{size} 50 l-6 -14 h12 z", fill=line),
-        tag("text", f"batch size {batch_size:,}", x=size, y=84, text_anchor=anchor(batch_size), fill=line),
-        *(tag("text", f"{2**k:g}", x=at(2**k), y=66, text_anchor="middle", fill=INK)
-          for k in range(0, int(end) + 1, 2 if end > 9.5 else 1)),
+        tag("path", d=f"M{size} 50 l-6 -14 h12 z", fill=line), text(f"batch size {batch_size:,}", size, 84, line),
+        *(tag("text", f"{2**k:g}", x=at(2**k), y=66, text_anchor="middle", fill=INK) for k in powers),
     ]  # fmt: skip
     if not math.isnan(noise_scale):
-        noise = at(noise_scale)
-        off = " (off the ruler)" if noise_scale > max(limit, 2) else ""
+        noise, off = at(noise_scale), " (off the ruler)" if noise_scale > max(limit, 2) else ""
+        bar = {"x": min(noise, size), "width": round(abs(noise - size), 1)}
         parts += [
-            tag("rect", x=min(noise, size), width=round(abs(noise - size), 1), y=34, height=16, fill=line,
-                fill_opacity=0.3),
+            tag("rect", y=34, height=16, fill=line, fill_opacity=0.3, **bar),
             tag("line", x1=noise, x2=noise, y1=26, y2=50, stroke=INK, stroke_width=3),
-            tag("text", f"noise scale B_simple ≈ {number(noise_scale)}{off}", x=noise, y=14,
-                text_anchor=anchor(noise_scale), fill=INK),
-        ]  # fmt: skip
+            text(f"noise scale B_simple ≈ {number(noise_scale)}{off}", noise, 14, INK),
+        ]
     label = f"Batch size {batch_size}, noise scale {number(noise_scale)}"
     return tag("svg", *parts, viewBox=f"0 0 {_WIDTH} 92", role="img", aria_label=label, **_FONT)
 
@@ -208,4 +194,9 @@ def mistakes(found: Sequence[tuple[np.ndarray, int, int]]) -> str:
 def _png(pixels: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return address("image/png", file.getvalue())
+
+
+def address(kind: str, content: bytes) -> str:
+    """A data address, which holds the file itself."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -67,7 +67,7 @@ def _pinned(lab: Lab) -> dict[str, object]:
 
 
 def _paces(lab: Lab) -> dict[str, object]:
-    own = lab.epochs_per_second
+    own = lab.session.epochs_per_second
     paces = _PACES if own in _PACES.values() else {f"{own:g} epochs a second": own} | _PACES
     return {"options": paces, "value": own} | _WIDE
 
@@ -91,7 +91,8 @@ CONTROLS = (
         "disabled": lab.session.settings["optimizer"] != "sgd"}),
     Control("pinned_batch_size", 2, "pinned batch", widgets.SelectionSlider, _pinned, lambda lab: lab.pin_run(),
             follows=True),
-    Control("pace", 2, "pace", widgets.Dropdown, _paces, lambda lab: lab.set_pace()),
+    Control("pace", 2, "pace", widgets.Dropdown, _paces,
+            lambda lab: lab.session.move("epochs_per_second", lab.pace.value)),
     Control("axis", 2, "x-axis", widgets.Dropdown, lambda _: {"options": _AXES, "value": "examples_seen"} | _WIDE,
             lambda lab: lab.draw(), small=True),
     setting("optimizer", 3, "optimizer", widgets.Dropdown, lambda _, value: {"options": OPTIMIZERS, "value": value}),
@@ -138,7 +139,11 @@ def build(lab: Lab, small: bool) -> list[widgets.HBox]:
 
 def follow(lab: Lab) -> None:
     """Show the settings with which training has started over."""
-    for control in table(lab):
-        for name, value in control.traits(lab).items() if control.follows else ():
-            if name not in _WIDE and getattr(getattr(lab, control.name), name) != value:
-                setattr(getattr(lab, control.name), name, value)
+    lab.builds, lab.following = lab.session.builds, True
+    try:
+        for control in table(lab):
+            for name, value in control.traits(lab).items() if control.follows else ():
+                if name not in _WIDE and getattr(getattr(lab, control.name), name) != value:
+                    setattr(getattr(lab, control.name), name, value)
+    finally:
+        lab.following = False

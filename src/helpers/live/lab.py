@@ -8,6 +8,7 @@ it needs no JavaScript of ours and no network, follows the theme, and works wher
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 import time
@@ -34,8 +35,7 @@ class Lab(widgets.VBox):
     """Controls and curves of one live session; display it, and press play.
 
     given: a problem, a list of problems or a dict name → problem; training begins with the first.
-    settings: batch_size, lr, momentum, optimizer, seed to begin with; see ``settings.SETTINGS``.
-    epochs_per_second: the pace; 0 for as fast as it goes.
+    settings: batch_size, lr, momentum, optimizer, seed to begin with, and epochs_per_second, the pace; see ``Session``.
     small: leave out the choices of problem and optimizer, and the picture.
     A new lab closes the one before. ``session`` is the engine's side: ``lab.session.history`` has every step.
     """
@@ -44,13 +44,13 @@ class Lab(widgets.VBox):
     _ticker: threading.Thread | None = None
     _open: ClassVar[Lab | None] = None  # one lab a kernel: whoever runs its cell again wants the new one alone
 
-    def __init__(self, given: Problems, *, epochs_per_second: float = 0.0, small: bool = False, **settings: object):
+    def __init__(self, given: Problems, *, small: bool = False, **settings: object):
         Lab.close_open()
         self.session = Session(given, **settings)
         self.error = ""  # of the drawing; the session has its own
-        self.epochs_per_second, self.following = epochs_per_second, False
+        self.following = False
         self.sizes_asked = {self.session.settings["batch_size"]}
-        self._small, self._builds = small, self.session.builds
+        self._small, self.builds = small, self.session.builds
         self._on_pause: list[Callable[[], None]] = []
         self._kept = 0  # plays of the session when its output was last kept
         self._stop, self._drawing = threading.Event(), threading.Lock()
@@ -58,7 +58,6 @@ class Lab(widgets.VBox):
         super().__init__([*controls.build(self, small), self._status, self._figure, self._exported])
         self.add_class("companion-lab")
         Lab._open = self
-        self.set_pace()
         self._ticker = threading.Thread(target=self._tick, name="companion-ticker", daemon=True)
         self._ticker.start()
 
@@ -79,11 +78,6 @@ class Lab(widgets.VBox):
         """Begin, move or end the pinned run."""
         self.pinned_batch_size.disabled = not self.pin.value
         self.move("pinned_batch_size", self.pinned_batch_size.value if self.pin.value else None)
-
-    def set_pace(self) -> None:
-        """Set the pace, which is in epochs, for the data at hand."""
-        pace = self.pace.value
-        self.session.move("examples_per_second", pace * self.session.dataset.num_train if pace else None)
 
     def show_export(self) -> None:
         """Show figure, history and code of the session below it."""
@@ -110,19 +104,11 @@ class Lab(widgets.VBox):
         """Draw the session as it is now; the ticker calls this."""
         with self._drawing:
             session = self.session
-            if session.builds != self._builds:
-                self._follow()
-                self.set_pace()
+            if session.builds != self.builds:
+                controls.follow(self)
             self.play.disabled, self.pause.disabled = session.playing, not session.playing
             self._status.value = view.status(session, self.error)  # first: where drawing fails, the next tick says so
             self._figure.value = view.figure(session, self.axis.value, small=self._small)
-
-    def _follow(self) -> None:
-        self._builds, self.following = self.session.builds, True
-        try:
-            controls.follow(self)
-        finally:
-            self.following = False
 
     # Playing by itself, and keeping.
 
@@ -133,13 +119,11 @@ class Lab(widgets.VBox):
         watches (papermill, nbconvert) it waits, and raises the thread's error, or TimeoutError after ``timeout`` s.
         """
 
-        def set_slider(size: int) -> None:
-            self.batch_size.value = size
-
         self.sizes_asked |= set(batch_sizes.values())
         with self._drawing:
-            self._follow()
-        self.session.rehearse({at: lambda size=size: set_slider(size) for at, size in batch_sizes.items()}, until)
+            controls.follow(self)
+        move = functools.partial(setattr, self.batch_size, "value")
+        self.session.rehearse({at: functools.partial(move, size) for at, size in batch_sizes.items()}, until)
         if not in_browser():
             self.session.wait(timeout)
             self.draw()
@@ -149,9 +133,15 @@ class Lab(widgets.VBox):
 
         ``make`` is called from a thread, so its figures must not be pyplot's.
         """
-        handle = display(_shown(make()), display_id=True)
+
+        def shown() -> object:
+            made = make()
+            # IPython draws pyplot's figures only; these are not, so that a thread may make them.
+            return Image(view.png(made)) if isinstance(made, Figure) else made
+
+        handle = display(shown(), display_id=True)
         if handle is not None:  # None outside IPython
-            self._on_pause.append(lambda: handle.update(_shown(make())))
+            self._on_pause.append(lambda: handle.update(shown()))
 
     def curves(self) -> pd.DataFrame:
         """The curves as drawn, for ``plots.session``: ``run``, ``measure``, the axes, mean, low, high of each bin."""
@@ -215,11 +205,6 @@ class Lab(widgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         return {**bundle, "text/html": _STATIC} if isinstance(bundle, dict) else bundle
-
-
-def _shown(made: object) -> object:
-    # IPython draws pyplot's figures only; these are not, so that a thread may make them.
-    return Image(view.png(made)) if isinstance(made, Figure) else made
 
 
 def in_browser() -> bool:

@@ -21,8 +21,6 @@ _SHOWN = 12  # misclassified images on show
 class TestDraw:
     """Test examples of a problem, drawn once: ``most`` of them, or all there are."""
 
-    __test__ = False  # pytest shall not collect it
-
     def __init__(self, problem: Problem, most: int):
         dataset, self.problem = problem.dataset, problem
         chosen = np.sort(np.random.default_rng(0).permutation(dataset.num_test)[:most])

@@ -87,12 +87,12 @@ class Runs:
             return one_of(name, (value,) if isinstance(value, str) else value, tuple(self.problems))
         if name == "pinned_batch_size":
             return value if value is None else check_examples(name, value, self.dataset.num_train)
-        if name == "examples_per_second":
-            return value if value is None else check_above(name, value)
+        if name == "epochs_per_second":
+            return value if value == 0 else check_above(name, value)
         raise ValueError(f"no control is called {name!r}")
 
-    def apply(self, wish: Wish) -> None:
-        """Act on a wish: set a live setting, or start over with any other."""
+    def apply(self, wish: Wish) -> bool:
+        """Set a live setting or pin, else start over; return whether it has started over."""
         if wish.name == "pinned_batch_size":
             self._pin(wish)
         elif wish.name in LIVE:
@@ -101,6 +101,8 @@ class Runs:
                 run.move(*wish)
         else:
             self.start_over(**({} if wish.name == "reset" else {wish.name: wish.value}))
+            return True
+        return False
 
     def advance(self) -> None:
         """Take one step of the run that has seen the fewest examples."""

@@ -34,37 +34,16 @@ TRANSITIONS = {
 }
 
 
-class Pace:
-    """A pace in examples a second; None for as fast as it goes."""
-
-    def __init__(self, examples_per_second: float | None):
-        self.examples_per_second = examples_per_second
-        self.restart(0)
-
-    def restart(self, examples_seen: int) -> None:
-        """Count from here on."""
-        self._began, self._before = time.monotonic(), examples_seen
-
-    def ahead(self, examples_seen: int) -> float:
-        """Seconds by which training is ahead."""
-        if self.examples_per_second is None:
-            return 0.0
-        ahead = (examples_seen - self._before) / self.examples_per_second - (time.monotonic() - self._began)
-        if ahead < -0.2:  # lost time is not made up for
-            self.restart(examples_seen)
-        return ahead
-
-
 class Session(Runs):
     """Runs in the hands of one trainer thread.
 
     given: the problem, a list of problems or a dict name → problem; training begins with the first.
-    examples_per_second: the pace, None for as fast as it goes.
+    epochs_per_second: the pace; 0 for as fast as it goes.
     settings: those of ``settings.SETTINGS``; ``seed``; ``test_examples``, on which the score is measured.
     Raises ValueError for settings that cannot be trained. ``error`` tells why the thread failed.
     """
 
-    def __init__(self, given: Problems, *, examples_per_second: float | None = None, **settings: object):
+    def __init__(self, given: Problems, *, epochs_per_second: float = 0.0, **settings: object):
         self.state, self.plays = "ready", 0  # how often it has been played or stepped
         self.failure: Exception | None = None
         self._wishes: deque[Wish] = deque()
@@ -75,7 +54,8 @@ class Session(Runs):
         self._threads_before = torch.get_num_threads()
         self.threads = max(1, self._threads_before - 1)
         super().__init__(given, **settings)  # here, not in the thread: it may take seconds, and play acts at once
-        self.pace = Pace(self.checked("examples_per_second", examples_per_second))
+        self.epochs_per_second = self.checked("epochs_per_second", epochs_per_second)
+        self._restart_pace()
         self.thread = threading.Thread(target=self._work, name="companion-trainer", daemon=True)
         self.thread.start()
 
@@ -89,7 +69,7 @@ class Session(Runs):
         return "" if self.failure is None else "".join(traceback.format_exception(self.failure)[-3:]).strip()
 
     def _go(self, event: str) -> bool:
-        """Follow ``TRANSITIONS``; returns whether the event acts in this state."""
+        """Follow ``TRANSITIONS``, and return whether the event acts in this state."""
         with self._changed:
             acts = self.state in TRANSITIONS[event]
             self.state = TRANSITIONS[event].get(self.state, self.state)
@@ -101,8 +81,8 @@ class Session(Runs):
     def move(self, name: str, value: object) -> None:
         """Set batch_size, lr or momentum from the next step on; optimizer or problem start over with it.
 
-        ``pinned_batch_size`` sets beside it a second run, which branches off here and is fed the same examples; None
-        ends it. ``examples_per_second`` is the pace. Raises ValueError for a bad value.
+        ``pinned_batch_size`` branches off a second run, fed the same examples; None ends it. Raises ValueError for a
+        bad value.
         """
         self._wish(name, self.checked(name, value))
 
@@ -196,22 +176,17 @@ class Session(Runs):
                 wish = self._wishes.popleft()
                 plays = wish.name in ("play", "step") and self._go(wish.name)
                 self.plays += plays
-            if wish.name == "examples_per_second":
-                self.pace.examples_per_second = wish.value
-            elif wish.name not in ("play", "step"):
-                self._grant(wish)
-            elif plays and wish.name == "step":
+            if wish.name == "epochs_per_second":
+                self.epochs_per_second = wish.value
+            elif wish.name == "step" and plays:
                 self.advance_main()
-            self.pace.restart(self.runs[0].training.examples_seen)
-
-    def _grant(self, wish: Wish) -> None:
-        builds = self.builds
-        self.apply(wish)
-        if self.builds != builds:
-            self.failure, self._next_measure = None, 0.0
-            self._go("start over")
-        elif not self.diverged:
-            self._go("unpin")
+            elif wish.name not in ("play", "step"):
+                if self.apply(wish):
+                    self.failure, self._next_measure = None, 0.0
+                    self._go("start over")
+                elif not self.diverged:
+                    self._go("unpin")
+            self._restart_pace()
 
     def _settle(self) -> None:
         """Nothing plays: bring the measures up to date once, then wait for a wish."""
@@ -242,8 +217,18 @@ class Session(Runs):
         while script and script is self._script and self.runs[0].training.examples_seen >= script[0][0]:
             script.popleft()[1]()
 
+    def _restart_pace(self) -> None:
+        self._paced_from = time.monotonic(), self.runs[0].training.examples_seen
+
     def _ahead(self) -> float:
-        return self.pace.ahead(self.runs[0].training.examples_seen)
+        """Seconds by which training is ahead of its pace."""
+        if not self.epochs_per_second:
+            return 0.0
+        (began, before), seen = self._paced_from, self.runs[0].training.examples_seen
+        ahead = (seen - before) / (self.epochs_per_second * self.dataset.num_train) - (time.monotonic() - began)
+        if ahead < -0.2:  # lost time is not made up for
+            self._restart_pace()
+        return ahead
 
     def _measure_due(self) -> bool:
         if self._measure_every is None:
@@ -255,9 +240,8 @@ class Session(Runs):
         started = time.monotonic()
         self.take(measure)
         if measure:
-            now = time.monotonic()
-            took = now - started
-            self._next_measure = now + max(min(max(0.1, took / _MEASURING), 1.5), took)
+            took = time.monotonic() - started
+            self._next_measure = started + took + max(min(max(0.1, took / _MEASURING), 1.5), took)
         if self.diverged:
             self.forget_script()
             self._go("diverge")

@@ -130,20 +130,18 @@ class Run:
         """Measure test loss and accuracy, gradient norm and noise scale now, and make the picture anew."""
         self.noise.add(self.training)
         loss, accuracy, self.picture = test.evaluate(self.training.stack)
-        self.measured_at = at = self._now()
         values = (loss, accuracy, self.training.gradient_norm().item(), self.noise.value)
         self.latest |= dict(zip(MEASURES, values))
+        before, self.measured_at = self.measured_at, self._now()
         for name in (self.score, "gradient_norm"):
-            self.curves.setdefault(name, Curve()).add(at, self.latest[name])
-        if not (self._measures and self._measures[-1][:3] == at):
-            self._measures.append((*at, *values))
+            self.curves.setdefault(name, Curve()).add(self.measured_at, self.latest[name])
+        if self.measured_at != before:
+            self._measures.append((*self.measured_at, *values))
 
     def history(self) -> pd.DataFrame:
         """One row per step, with the settings it was taken with; measures (NaN between) in the rows they belong to."""
-        steps, measures = list(self._steps), list(self._measures)
-        kinds = [*((name, self._STEP[name]) for name in AXES), *((name, "f8") for name in MEASURES)]
-        measured = pd.DataFrame(np.array(measures, kinds))
-        return pd.DataFrame(np.concatenate(steps)).merge(measured, on=list(AXES), how="outer")
+        measured = pd.DataFrame(list(self._measures), columns=[*AXES, *MEASURES])
+        return pd.DataFrame(np.concatenate(self._steps)).merge(measured, on=list(AXES), how="outer")
 
     def stretches(self) -> pd.DataFrame:
         """One row per stretch of steps with the same controls: these, ``steps``, ``spread_first`` and ``spread_last``.
@@ -152,17 +150,13 @@ class Run:
         first and the last 100 steps, so that two stretches are compared where they meet.
         """
 
-        def spread(loss: pd.Series) -> float:
-            return loss.diff().std() / math.sqrt(2)
-
         frame = self.history().dropna(subset="minibatch_loss")
         now = [f"{name}_now" for name in LIVE]
         groups = frame.groupby((frame[now].diff() != 0).any(axis=1).cumsum())
-        found = groups[now].first().set_axis(list(LIVE), axis=1).astype({"batch_size": int})
-        return found.assign(
-            steps=groups.size(), spread_first=groups["minibatch_loss"].agg(lambda loss: spread(loss[:100])),
-            spread_last=groups["minibatch_loss"].agg(lambda loss: spread(loss[-100:])),
-        ).reset_index(drop=True)  # fmt: skip
+        found, loss = groups[now].first().set_axis(list(LIVE), axis=1), groups["minibatch_loss"]
+        first, last = loss.agg(lambda x: x[:100].diff().std()), loss.agg(lambda x: x[-100:].diff().std())
+        found = found.astype({"batch_size": int}).assign(steps=groups.size())
+        return found.assign(spread_first=first / 2**0.5, spread_last=last / 2**0.5).reset_index(drop=True)
 
     def finding(self) -> str:
         """The finding in one line: how the spread of the loss changed with the last move of the batch size."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping
@@ -157,16 +156,12 @@ def png(drawing: Figure) -> bytes:
 def export(lab: Lab) -> str:
     """Links to the figure and, where it is not too long, the history; and the code."""
     frame = lab.history
-    links = [("figure (PNG)", "live_lab.png", "image/png", png(lab.figure()))]
+    links = [tag("a", "figure (PNG)", download="live_lab.png", href=chart.address("image/png", png(lab.figure())))]
     if len(frame) <= 200_000:
-        content = frame.to_csv(index=False).encode()
-        links.append((f"history ({len(frame):,} rows, CSV)", "live_lab.csv", "text/csv", content))
-    anchors = [
-        tag("a", text, download=name, href=f"data:{kind};base64,{base64.b64encode(content).decode()}")
-        for text, name, kind, content in links
-    ]
+        href = chart.address("text/csv", frame.to_csv(index=False).encode())
+        links.append(tag("a", f"history ({len(frame):,} rows, CSV)", download="live_lab.csv", href=href))
     return tag(
-        "div", " · ".join(anchors), " · in a cell: ", tag("code", "lab.history"), " is the DataFrame, ",
+        "div", " · ".join(links), " · in a cell: ", tag("code", "lab.history"), " is the DataFrame, ",
         tag("code", "lab.figure()"), " the figure. This cell repeats the session without a slider:",
         tag("pre", escape(lab.code()), style="user-select: all"), class_="companion-export", style="line-height: 1.5",
     )  # fmt: skip
