@@ -121,34 +121,15 @@ def test_a_control_sets_what_it_is_called(start, control, value, builds):
     assert getattr(lab, control).value == value
 
 
-def test_dataset_and_model_choose_the_problem(start):
-    lab = start([BLOBS, DIGITS, BLOBS_WIDE, IMAGES])
-    assert (lab.dataset.options, lab.model.options) == (("blobs", "digits"), ("brownlee_mlp", "shen_mlp"))
-    lab.model.value = "shen_mlp"
-    assert settle(lab).session.problem is BLOBS_WIDE
-    lab.dataset.value = "digits"  # which has no shen_mlp here
-    assert settle(lab).session.problem is DIGITS
-    assert (lab.model.options, lab.model.value) == (("brownlee_mlp", "plain_cnn"), "brownlee_mlp")
-    lab.dataset.value = "blobs"
-    assert settle(lab).session.problem is BLOBS
-    assert lab.session.builds == 4 and lab.error == ""
-
-
-def test_a_model_that_the_new_dataset_has_not_gives_the_dataset_its_first(start):
-    lab = start([IMAGES, DIGITS, BLOBS])
-    with lab._drawing:  # the menu of models has yet to follow
-        lab.dataset.value = "blobs"
-        lab.model.value = "brownlee_mlp"
-        lab.model.value = "plain_cnn"
-    assert settle(lab).session.settings["problem"] == ("blobs", "brownlee_mlp")
-
-
-def test_named_problems_have_one_dropdown(start):
+def test_one_dropdown_chooses_the_problem(start):
+    lab = start([BLOBS, BLOBS_WIDE, BLOBS])
+    assert lab.problem.options == ("brownlee_mlp on blobs", "shen_mlp on blobs", "brownlee_mlp on blobs (2)")
+    lab.problem.value = "shen_mlp on blobs"
+    assert settle(lab).session.problem is BLOBS_WIDE and lab.session.builds == 2
     lab = start({"small": BLOBS, "wide": BLOBS_WIDE})
     assert lab.problem.options == ("small", "wide") and lab.problem in shown(lab)
     lab.problem.value = "wide"
     assert settle(lab).session.problem is BLOBS_WIDE
-    assert start([BLOBS, BLOBS]).model.options == ("brownlee_mlp", "brownlee_mlp (2)")
 
 
 GIVEN = {
@@ -176,10 +157,10 @@ def test_anything_but_problems_is_refused_in_a_line(given):
 def test_controls_begin_with_the_settings_given(start):
     lab = start([problems.named("digits", "plain_cnn", num_train=300), BLOBS], batch_size=100, lr=0.042, momentum=0.3,
                 seed=5)  # fmt: skip
-    assert (lab.dataset.value, lab.model.value, lab.batch_size.value) == ("digits", "plain_cnn", 100)
+    assert (lab.problem.value, lab.batch_size.value) == ("plain_cnn on digits", 100)
     assert (lab.lr.value, lab.momentum.value, lab.optimizer.value) == (0.042, 0.3, "sgd")
     assert (main(lab).seeds, main(lab).dataset.num_train, main(lab).batch_size) == ((5,), 300, 100)
-    assert lab.dataset.options == ("digits", "blobs")
+    assert lab.problem.options == ("plain_cnn on digits", "brownlee_mlp on blobs")
 
 
 def test_play_pause_step_and_reset_do_so(start):
@@ -219,7 +200,7 @@ def test_the_pace_is_kept_when_training_starts_over(start):
     assert settle(lab).session.epochs_per_second == lab.pace.value == 1
     lab.pace.value = 5.0
     assert settle(lab).session.epochs_per_second == 5
-    lab.dataset.value = "digits"
+    lab.problem.value = "brownlee_mlp on digits"
     settle(lab)
     assert settle(lab).session.epochs_per_second == lab.pace.value == 5
     lab.pace.value = 0.0
@@ -236,18 +217,18 @@ def test_the_x_axis_is_what_one_chooses(start):
 
 def test_a_small_lab_leaves_out_the_choices_and_the_picture(start):
     lab = settle(start(small=True))
-    left_out = (lab.dataset, lab.model, lab.optimizer, lab.momentum, lab.pin, lab.pinned_batch_size, lab.pace)
+    left_out = (lab.problem, lab.optimizer, lab.momentum, lab.pin, lab.pinned_batch_size, lab.pace)
     assert not {id(w) for w in left_out} & {id(w) for w in shown(lab)}
     assert lab.batch_size in shown(lab) and lab.play in shown(lab) and lab.export in shown(lab)
     large = start()
-    assert {id(w) for w in (large.dataset, large.pin, large.pace)} < {id(w) for w in shown(large)}
+    assert {id(w) for w in (large.problem, large.pin, large.pace)} < {id(w) for w in shown(large)}
     assert len(svgs(lab)) == 3 and len(svgs(settle(large))) == 5  # without gradient norm and regions
 
 
 def test_batch_sizes_offered_are_powers_of_two_and_the_full_batch(start):
     lab = start([DIGITS, BLOBS], batch_size=1024)
     assert lab.batch_size.options[-2:] == (("1,024", 1024), ("full (1,297)", 1297))
-    lab.dataset.value = "blobs"
+    lab.problem.value = "brownlee_mlp on blobs"
     settle(lab)
     assert [size for _, size in lab.batch_size.options] == [*(2**k for k in range(9)), 500]
     assert lab.batch_size.options[-1] == ("full (500)", 500)
@@ -257,7 +238,7 @@ def test_batch_sizes_offered_are_powers_of_two_and_the_full_batch(start):
 def test_a_full_batch_that_was_chosen_for_the_pinned_run_does_not_outlive_its_data(start):
     lab = start()
     lab.pinned_batch_size.value = 500  # full; not pinned
-    lab.dataset.value = "digits"
+    lab.problem.value = "brownlee_mlp on digits"
     settle(lab)
     assert lab.error == "" and lab.batch_size.options[-1] == ("full (1,297)", 1297)
     assert lab.pinned_batch_size.options[-1] == ("full (1,297)", 1297)
@@ -275,7 +256,7 @@ def test_momentum_is_for_sgd_alone(start):
 def test_what_follows_a_start_over_is_no_move_of_the_user(start):
     lab = start([IMAGES, BLOBS], batch_size=1024, momentum=0.5)
     lab.pin.value = True
-    lab.dataset.value = "blobs"
+    lab.problem.value = "brownlee_mlp on blobs"
     settle(lab)
     assert settle(lab).session.builds == 2
     assert [m.name for m in lab.session.runs[0].moves] == []
@@ -515,7 +496,7 @@ def test_the_facts_are_of_the_run_that_trains(start):
 def test_the_picture_is_there_for_points_and_for_images(start):
     lab = settle(start())
     assert "Decision regions now" in svgs(lab)
-    lab.dataset.value = "digits"
+    lab.problem.value = "brownlee_mlp on digits"
     settle(lab)
     assert "Decision regions now" not in svgs(lab)
     assert "Misclassified now" in figure(lab) and len(re.findall(r"<img [^>]*a \d read as \d", figure(lab))) == 12
@@ -542,13 +523,13 @@ def test_a_failure_in_the_thread_is_an_alert_whose_text_is_escaped(start):
 
 def test_a_problem_that_cannot_be_trained_is_an_alert_and_reset_goes_back(start):
     lab = start([BLOBS, Problem(DIGITS.dataset, Net(lambda: torch.nn.Linear(3, 3), key="wide"))])
-    lab.dataset.value = "digits"
+    lab.problem.value = "wide on digits"
     with pytest.raises(ValueError, match="the net cannot take this data"):
         lab.session.wait(PATIENCE)
     lab.draw()
     assert "the net cannot take this data" in status(lab)
     lab.reset.click()
-    assert settle(lab).dataset.value == "blobs"
+    assert settle(lab).problem.value == "brownlee_mlp on blobs"
     assert "Ready" in status(lab)
 
 

@@ -233,7 +233,7 @@ def test_of_several_moves_before_one_step_the_last_acts(start):
     ("name", "value"),
     [("batch_size", 0), ("batch_size", 501), ("batch_size", 1.5), ("batch_size", "8"), ("batch_size", None),
      ("pinned_batch_size", 0), ("pinned_batch_size", 501), ("lr", 0), ("lr", math.nan), ("lr", "x"), ("momentum", 1),
-     ("momentum", -0.1), ("momentum", None), ("optimizer", "lion"), ("problem", "cifar"), ("problem", ("blobs", "x")),
+     ("momentum", -0.1), ("momentum", None), ("optimizer", "lion"), ("problem", "cifar"), ("problem", "x on blobs"),
      ("epochs_per_second", None), ("epochs_per_second", -1), ("epochs_per_second", math.nan),
      ("epochs_per_second", "fast"), ("seed", 3), ("nonsense", 1)],
 )  # fmt: skip
@@ -379,7 +379,7 @@ def test_a_run_without_a_step_is_no_previous_one(start):
 
 @pytest.mark.parametrize(
     ("name", "value", "kept"),
-    [("optimizer", "adam", True), ("problem", ("digits", "brownlee_mlp"), False)],
+    [("optimizer", "adam", True), ("problem", "brownlee_mlp on digits", False)],
 )
 def test_the_previous_run_stays_where_the_two_compare(start, name, value, kept):
     s = rehearse(start([BLOBS, DIGITS]), 80)
@@ -395,7 +395,7 @@ def test_the_previous_run_stays_where_the_two_compare(start, name, value, kept):
 def test_changing_the_data_clips_batch_sizes(start):
     s = start([DIGITS, BLOBS], batch_size=1024)
     s.move("pinned_batch_size", 1000)
-    s.move("problem", ("blobs", "brownlee_mlp"))
+    s.move("problem", "brownlee_mlp on blobs")
     settle(s)
     assert (s.settings["batch_size"], s.pinned_batch_size) == (500, 500)
     assert [r.training.batch_size for r in s.runs] == [500, 500]
@@ -538,7 +538,7 @@ def test_a_problem_that_cannot_be_trained_leaves_the_session_as_it_was(start):
     wide = Problem(BLOBS.dataset, Net(lambda: torch.nn.Linear(3, 3), key="wide"))
     s = rehearse(start([BLOBS, wide]), 80)
     run, settings = s.runs[0], dict(s.settings)
-    s.move("problem", ("blobs", "wide"))
+    s.move("problem", "wide on blobs")
     with pytest.raises(ValueError, match="the net cannot take this data"):
         s.wait(PATIENCE)
     assert "cannot take this data" in s.error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -96,36 +95,15 @@ CONTROLS = (
     Control("axis", 2, "x-axis", widgets.Dropdown, lambda _: {"options": _AXES, "value": "examples_seen"} | _WIDE,
             lambda lab: lab.draw(), small=True),
     setting("optimizer", 3, "optimizer", widgets.Dropdown, lambda _, value: {"options": OPTIMIZERS, "value": value}),
+    setting("problem", 3, "problem", widgets.Dropdown, lambda lab, value: {
+        "options": tuple(lab.session.problems), "value": value}),
 )  # fmt: skip
-
-
-def table(lab: Lab) -> list[Control]:
-    """The controls of a lab: ``CONTROLS``, and a dropdown for each part of its problems' keys."""
-    names = ("dataset", "model") if len(lab.session.settings["problem"]) == 2 else ("problem",)
-
-    def traits(lab: Lab, part: int) -> dict[str, object]:
-        key = lab.session.settings["problem"]
-        options = tuple(dict.fromkeys(k[part] for k in lab.session.problems if k[:part] == key[:part]))
-        return {"options": options, "value": key[part]} | _WIDE
-
-    def act(lab: Lab, part: int) -> None:
-        key = tuple(getattr(lab, name).value for name in names)
-        known = lab.session.problems
-        fitting = [k for k in known if k[: part + 1] == key[: part + 1]]
-        fitting = fitting or [k for k in known if k[0] == key[0]]  # a menu that has yet to follow the one above it
-        lab.move("problem", key if key in fitting else fitting[0])
-
-    return [*CONTROLS, *(
-        Control(name, 3, name, widgets.Dropdown, functools.partial(traits, part=part),
-                functools.partial(act, part=part), follows=True)
-        for part, name in enumerate(names)
-    )]  # fmt: skip
 
 
 def build(lab: Lab, small: bool) -> list[widgets.HBox]:
     """Make the controls as attributes of the lab, and return its rows of them."""
     rows: dict[int, list[widgets.DOMWidget]] = {}
-    for control in table(lab):
+    for control in CONTROLS:
         widget = control.kind(description=control.label, **control.traits(lab))
         setattr(lab, control.name, widget)
         if control.kind is widgets.Button:
@@ -141,7 +119,7 @@ def follow(lab: Lab) -> None:
     """Show the settings with which training has started over."""
     lab.builds, lab.following = lab.session.builds, True
     try:
-        for control in table(lab):
+        for control in CONTROLS:
             for name, value in control.traits(lab).items() if control.follows else ():
                 if name not in _WIDE and getattr(getattr(lab, control.name), name) != value:
                     setattr(getattr(lab, control.name), name, value)

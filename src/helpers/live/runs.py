@@ -15,24 +15,21 @@ from helpers.live.settings import LIVE, SETTINGS, one_of
 from helpers.live.trace import Run
 from helpers.problems import Dataset, Problem
 
-Key = tuple[str, ...]  # (name,) of a problem that was given a name, else (its dataset's, its net's)
 Problems = Problem | Sequence[Problem] | Mapping[str, Problem]
 
 
-def keyed(given: Problems) -> dict[Key, Problem]:
-    """Return the problems to choose from, by key. Raises TypeError for anything but problems."""
+def by_name(given: Problems) -> dict[str, Problem]:
+    """Return the problems to choose from. Raises TypeError for anything but problems."""
     named = isinstance(given, Mapping)
     listed = list(given.values() if named else given if isinstance(given, Sequence) else [given])
     if not listed or not all(isinstance(problem, Problem) for problem in listed):
         raise TypeError(f"expected a Problem, a list of them, or a dict name → Problem, not {given!r}; built-in "
                         "problems are problems.named('blobs', 'shen_mlp') and the like")  # fmt: skip
-    found: dict[Key, Problem] = {}
-    for name, problem in zip(given if named else listed, listed):
-        key, number = (str(name),) if named else (problem.dataset.name, problem.net.name), 2
-        while key in found:
-            key, number = (*key[:1], f"{problem.net.name} ({number})"), number + 1
-        found[key] = problem
-    return found
+    if named:
+        return {str(name): problem for name, problem in given.items()}
+    names = [f"{problem.net.name} on {problem.dataset.name}" for problem in listed]
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    return {f"{name} ({n + 1})" if n else name: problem for name, n, problem in zip(names, before, listed)}
 
 
 class Wish(NamedTuple):
@@ -48,11 +45,11 @@ class Runs:
     """Runs that see the same examples at the same time. Parameters: see ``Session``."""
 
     def __init__(self, given: Problems, *, seed: int = 0, test_examples: int = 1000, **settings: object):
-        self.problems, self.test_examples = keyed(given), test_examples
+        self.problems, self.test_examples = by_name(given), test_examples
         if unknown := set(settings) - set(SETTINGS):
             raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)} and seed")
-        key, self.problem = next(iter(self.problems.items()))
-        self.settings = {"problem": key, "seed": seed} | {n: settings.get(n, s.default) for n, s in SETTINGS.items()}
+        name, self.problem = next(iter(self.problems.items()))
+        self.settings = {"problem": name, "seed": seed} | {n: settings.get(n, s.default) for n, s in SETTINGS.items()}
         self.settings |= {name: self.checked(name, self.settings[name]) for name in SETTINGS}
         self.test: TestDraw | None = None
         self.pinned_batch_size: int | None = None
@@ -84,7 +81,7 @@ class Runs:
         if name in SETTINGS:
             return SETTINGS[name].check(value, self.settings, self.dataset.num_train)
         if name == "problem":
-            return one_of(name, (value,) if isinstance(value, str) else value, tuple(self.problems))
+            return one_of(name, value, tuple(self.problems))
         if name == "pinned_batch_size":
             return value if value is None else check_examples(name, value, self.dataset.num_train)
         if name == "epochs_per_second":

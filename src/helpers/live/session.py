@@ -133,7 +133,7 @@ class Session(Runs):
 
     def code(self) -> str:
         """Return a cell that repeats the session, given ``problem`` where it is not built in."""
-        problem = f"# problem: the one given to the lab ({' on '.join(self.settings['problem'][::-1])})"
+        problem = f"# problem: the one given to the lab ({self.settings['problem']})"
         if self.problem.names:
             defaults = inspect.signature(problems.named).parameters
             names = {n: v for n, v in self.problem.names.items() if n == "model" or v != defaults[n].default}

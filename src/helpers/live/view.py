@@ -32,9 +32,10 @@ def status(session: Session, error: str) -> str:
     state = session.state.capitalize()
     if session.state == "diverged":
         state += ": the loss is no longer finite. Lower the learning rate and reset"
-    moved = run.moves[-1] if run.moves and run.moves[-1].steps else None
-    name = "" if moved is None else {"lr": "learning rate"}.get(moved.name, moved.name.replace("_", " "))
-    since = f", {name} moved at step {moved.steps:,}" if moved else ""
+    since = ""
+    if run.moves and run.moves[-1].steps:
+        name = run.moves[-1].name.replace("lr", "learning rate").replace("_", " ")
+        since = f", {name} moved at step {run.moves[-1].steps:,}"
     now = f"Batch size {run.training.batch_size:,}, learning rate {run.training.lr:.3g}{since}."
     return tag("div", f"{state}. {now}", role="status", class_="companion-status")
 
