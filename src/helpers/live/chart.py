@@ -130,7 +130,9 @@ def _limits(arrays: Sequence[np.ndarray], log: bool, percent: bool) -> tuple[flo
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    locator = LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)) if log else MaxNLocator(5, steps=[1, 2, 5, 10])
+    locator = MaxNLocator(5, steps=[1, 2, 5, 10])
+    if log and high > 5 * low:
+        locator = LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,))
     return [float(value) for value in locator.tick_values(low, high) if low <= value <= high * 1.0001]
 
 
