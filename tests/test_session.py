@@ -138,7 +138,8 @@ def test_accuracy_is_measured_on_the_same_draw_of_the_test_set(start):
 
 def test_the_noise_scale_is_a_ratio_of_decaying_sums(start):
     s = start()
-    assert math.isnan(Run(s.runs[0].training, s.settings).noise.value)
+    fresh = Run(s.runs[0].training, s.settings)
+    assert math.isnan(fresh.noise.value) and fresh.history().empty
     weights, found = [], []
     for _ in range(3):
         training = s.runs[0].training

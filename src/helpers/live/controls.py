@@ -41,14 +41,14 @@ class Control:
 def _button(name: str, icon: str, tooltip: str, act: Callable[[Lab], None] | None = None) -> Control:
     """A button that calls the session's method of its name, or ``act``."""
     traits = {"icon": icon, "tooltip": tooltip, "layout": {"width": "96px"}}
-    act = act or (lambda lab: lab.by_hand(getattr(lab.session, name)))
+    act = act or (lambda lab: lab.by_hand(name))
     return Control(name, 0, name.capitalize(), widgets.Button, lambda _: traits, act, small=True)
 
 
 def setting(name: str, row: int, label: str, kind: type[widgets.DOMWidget], traits: Callable, small=False) -> Control:
     """A control of a setting. traits: (lab, the setting's value) → the widget's traits."""
     return Control(name, row, label, kind, lambda lab: traits(lab, lab.session.settings[name]) | _WIDE,
-                   lambda lab: lab.move(name, getattr(lab, name).value), small, follows=True)  # fmt: skip
+                   lambda lab: lab.by_hand("move", name, getattr(lab, name).value), small, follows=True)  # fmt: skip
 
 
 def _sizes(lab: Lab, wanted: int) -> dict[str, object]:
@@ -77,9 +77,8 @@ CONTROLS = (
     _button("step", "step-forward", "One update of the weights"),
     _button("reset", "refresh", "Start over: same initial weights, same order of examples; this run turns grey"),
     Control("pin", 0, "Pin a second run", widgets.ToggleButton, lambda _: {
-        "icon": "thumb-tack",
-        "tooltip": "From here on, a second run with a batch size of its own, fed the same examples",
-    }, lambda lab: lab.pin_run()),
+        "icon": "thumb-tack", "tooltip": "From here on, a second run with its own batch size, fed the same examples"},
+            lambda lab: lab.pin_run()),
     _button("export", "download", "Figure, history and code of this session", lambda lab: lab.show_export()),
     setting("batch_size", 1, "batch size", widgets.SelectionSlider, _sizes, small=True),
     # Not a FloatLogSlider: a browser rounds its value to the next step and sends that back unasked.

@@ -48,9 +48,8 @@ class Lab(widgets.VBox):
         Lab.close_open()
         self.session = Session(given, **settings)
         self.error = ""  # of the drawing; the session has its own
-        self.following = False
-        self.sizes_asked = {self.session.settings["batch_size"]}
-        self._small, self.builds = small, self.session.builds
+        self.builds, self.following = self.session.builds, False
+        self._small, self.sizes_asked = small, {self.session.settings["batch_size"]}
         self._on_pause: list[Callable[[], None]] = []
         self._kept = 0  # plays of the session when its output was last kept
         self._stop, self._drawing = threading.Event(), threading.Lock()
@@ -63,25 +62,21 @@ class Lab(widgets.VBox):
 
     # Called by the controls: each leaves a wish with the session and returns at once.
 
-    def by_hand(self, act: Callable[..., None], *values: object) -> None:
-        """Act for the user, which ends a rehearsal."""
+    def by_hand(self, act: str, *values: object) -> None:
+        """Call a method of the session for the user, which ends a rehearsal."""
         if threading.current_thread() is not self.session.thread:  # a rehearsal moves the slider from there
             self.session.forget_script()
             self.error = ""
-        act(*values)
-
-    def move(self, name: str, value: object) -> None:
-        """Set a setting of the session."""
-        self.by_hand(self.session.move, name, value)
+        getattr(self.session, act)(*values)
 
     def pin_run(self) -> None:
         """Begin, move or end the pinned run."""
         self.pinned_batch_size.disabled = not self.pin.value
-        self.move("pinned_batch_size", self.pinned_batch_size.value if self.pin.value else None)
+        self.by_hand("move", "pinned_batch_size", self.pinned_batch_size.value if self.pin.value else None)
 
     def show_export(self) -> None:
         """Show figure, history and code of the session below it."""
-        self._exported.value = view.export(self)
+        self._exported.value = view.export(self.figure(), self.history, self.code())
 
     # Drawing.
 
@@ -118,7 +113,6 @@ class Lab(widgets.VBox):
         In a browser this returns at once, the lab plays on, and whoever touches a control takes over. Where nobody
         watches (papermill, nbconvert) it waits, and raises the thread's error, or TimeoutError after ``timeout`` s.
         """
-
         self.sizes_asked |= set(batch_sizes.values())
         with self._drawing:
             controls.follow(self)

@@ -33,7 +33,7 @@ def by_name(given: Problems) -> dict[str, Problem]:
 
 
 class Wish(NamedTuple):
-    """A control's wish: the setting, its value, and when it was asked for (in steps, and as Unix time)."""
+    """A change that a control asked for, when training was at ``steps``, at the Unix time ``at``."""
 
     name: str
     value: object

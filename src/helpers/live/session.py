@@ -201,7 +201,9 @@ class Session(Runs):
     def _burst(self) -> None:
         end = time.monotonic() + _BURST
         while self.playing and time.monotonic() < end:
-            self._play_script()
+            script = self._script  # which the user's hand may replace at any time
+            while script and script is self._script and self.runs[0].training.examples_seen >= script[0][0]:
+                script.popleft()[1]()
             self._grant_wishes()
             if self.playing:
                 self.advance()
@@ -211,11 +213,6 @@ class Session(Runs):
         if self.playing and (wait := self._ahead()) > 0:
             with self._changed:
                 self._changed.wait_for(lambda: self._wishes or not self.playing, wait)
-
-    def _play_script(self) -> None:
-        script = self._script  # which the user's hand may replace at any time
-        while script and script is self._script and self.runs[0].training.examples_seen >= script[0][0]:
-            script.popleft()[1]()
 
     def _restart_pace(self) -> None:
         self._paced_from = time.monotonic(), self.runs[0].training.examples_seen

@@ -68,10 +68,7 @@ class Curve:
 
 
 class Run:
-    """One training of a session, with its trace.
-
-    settings: those it began with. moves: those that had acted before it branched off.
-    """
+    """One training of a session, with its trace. settings: at its start. moves: those before it branched off."""
 
     _STEP = np.dtype([("steps", "i8"), ("examples_seen", "i8"), ("seconds", "f8"), *((f"{n}_now", "f8") for n in LIVE),
                       ("minibatch_size", "f8"), ("minibatch_loss", "f8")])  # fmt: skip
@@ -140,7 +137,8 @@ class Run:
 
     def history(self) -> pd.DataFrame:
         """One row per step, with the settings it was taken with; measures (NaN between) in the rows they belong to."""
-        measured = pd.DataFrame(list(self._measures), columns=[*AXES, *MEASURES])
+        kinds = [*((name, self._STEP[name]) for name in AXES), *((name, "f8") for name in MEASURES)]
+        measured = pd.DataFrame(np.array(list(self._measures), kinds))
         return pd.DataFrame(np.concatenate(self._steps)).merge(measured, on=list(AXES), how="outer")
 
     def stretches(self) -> pd.DataFrame:
@@ -149,7 +147,6 @@ class Run:
         Spread: standard deviation of the minibatch loss without its trend, from differences of neighbours; over the
         first and the last 100 steps, so that two stretches are compared where they meet.
         """
-
         frame = self.history().dropna(subset="minibatch_loss")
         now = [f"{name}_now" for name in LIVE]
         groups = frame.groupby((frame[now].diff() != 0).any(axis=1).cumsum())

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING
 
+import pandas as pd
+from IPython.core.pylabtools import print_figure
 from matplotlib.figure import Figure
 
 from helpers.live import chart
 from helpers.live.chart import number, tag
 from helpers.live.session import Session
 from helpers.live.trace import AXES, Move, Run
-
-if TYPE_CHECKING:
-    from helpers.live.lab import Lab
 
 _SCORES = {"test_accuracy": "Test accuracy", "test_loss": "Test loss"}
 
@@ -69,10 +66,9 @@ def figure(session: Session, axis: str, *, small: bool) -> str:
 
 def _panels(session: Session, named: Mapping[str, Run], axis: str, small: bool) -> list[str]:
     main, score = named["this run"], named["this run"].score
-    marks = [(getattr(m, axis), _label(m), "this run") for m in main.moves if m.steps]
-    if "pinned" in named:
-        marks += [(getattr(m, axis), _label(m), "pinned") for m in named["pinned"].moves
-                  if m.steps and m not in main.moves and m.name == "batch_size"]  # fmt: skip
+    own = [move for move in named["pinned"].moves if move not in main.moves] if "pinned" in named else []
+    moves = [*((move, "this run") for move in main.moves), *((m, "pinned") for m in own if m.name == "batch_size")]
+    marks = [(getattr(move, axis), _label(move), run) for move, run in moves if move.steps]
     panels = [("minibatch_loss", f"Loss of each minibatch, against {axis.replace('_', ' ')}", {"log": True})]
     if session.test.size:
         scale = {"percent": True} if score == "test_accuracy" else {"log": True}
@@ -117,8 +113,9 @@ def _facts(run: Run) -> str:
 
 def advised(run: Run) -> str:
     """The advice for a run as it is now, or the reason why there is none."""
-    refusal = run.noise.refusal
-    return f"No noise scale: {refusal}" if refusal else advice(run.training.batch_size, run.noise.value)
+    if run.noise.refusal:
+        return f"No noise scale: {run.noise.refusal}"
+    return advice(run.training.batch_size, run.noise.value)
 
 
 def advice(batch_size: int, noise_scale: float) -> str:
@@ -127,42 +124,35 @@ def advice(batch_size: int, noise_scale: float) -> str:
     In theory (McCandlish 2018, eq. 2.11: each size at its best rate) batch B needs E ∝ 1 + B/B_simple examples and
     S ∝ 1 + B_simple/B steps.
     """
-
-    def ratios(factor: float) -> tuple[float, float]:
-        return (1 + factor * share) / (1 + share), (1 + 1 / (factor * share)) / (1 + 1 / share)
-
     if math.isnan(noise_scale):
         return ""
     if math.isinf(noise_scale):
         return "Noise dominates: the gradient hardly stands out. A batch 4× larger would cost almost no extra examples."
     share = batch_size / noise_scale
-    examples, steps = ratios(4)
-    costs = f"{100 * (examples - 1):.0f} % more examples, {1 / steps:.1f}× fewer steps"
+    other = share * 4 if share < 4 else share / 4
+    more, steps = 100 * ((1 + other) / (1 + share) - 1), (1 + 1 / other) / (1 + 1 / share)
+    if share >= 4:
+        costs = f"{-more:.0f} % fewer examples, and {steps:.1f}× the steps"
+        return f"The gradient is nearly exact already: a batch 4× smaller would need {costs}."
+    costs = f"{more:.0f} % more examples, {1 / steps:.1f}× fewer steps"
     if share < 1 / 16:
         return f"Noise dominates: a batch 4× larger would cost almost no extra examples ({costs})."
-    if share < 4:
-        return f"Noise and gradient balance: a batch 4× larger would trade one for the other ({costs})."
-    examples, steps = ratios(1 / 4)
-    costs = f"{100 * (1 - examples):.0f} % fewer examples, and {steps:.1f}× the steps"
-    return f"The gradient is nearly exact already: a batch 4× smaller would need {costs}."
+    return f"Noise and gradient balance: a batch 4× larger would trade one for the other ({costs})."
 
 
 def png(drawing: Figure) -> bytes:
-    """Return a figure as a PNG file."""
-    file = io.BytesIO()
-    drawing.savefig(file, format="png")
-    return file.getvalue()
+    """Return a figure as a PNG file, at the style's own size and resolution."""
+    return print_figure(drawing, bbox_inches=None, dpi=None)
 
 
-def export(lab: Lab) -> str:
+def export(drawing: Figure, history: pd.DataFrame, code: str) -> str:
     """Links to the figure and, where it is not too long, the history; and the code."""
-    frame = lab.history
-    links = [tag("a", "figure (PNG)", download="live_lab.png", href=chart.address("image/png", png(lab.figure())))]
-    if len(frame) <= 200_000:
-        href = chart.address("text/csv", frame.to_csv(index=False).encode())
-        links.append(tag("a", f"history ({len(frame):,} rows, CSV)", download="live_lab.csv", href=href))
+    links = [tag("a", "figure (PNG)", download="live_lab.png", href=chart.address("image/png", png(drawing)))]
+    if len(history) <= 200_000:
+        href = chart.address("text/csv", history.to_csv(index=False).encode())
+        links.append(tag("a", f"history ({len(history):,} rows, CSV)", download="live_lab.csv", href=href))
     return tag(
         "div", " · ".join(links), " · in a cell: ", tag("code", "lab.history"), " is the DataFrame, ",
         tag("code", "lab.figure()"), " the figure. This cell repeats the session without a slider:",
-        tag("pre", escape(lab.code()), style="user-select: all"), class_="companion-export", style="line-height: 1.5",
+        tag("pre", escape(code), style="user-select: all"), class_="companion-export", style="line-height: 1.5",
     )  # fmt: skip
