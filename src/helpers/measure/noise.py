@@ -4,7 +4,7 @@ g is the gradient of one example's loss; G and Σ are its mean and covariance ov
 equally likely (so Σ divides by N). A minibatch's gradient is the mean of B of them.
 
 Measures of single examples turn dropout off, and refuse batch statistics, under which an example has no gradient of its
-own. ``by_micro_batches`` takes any net as it trains: with its dropout, and with batch statistics of each micro-batch.
+own. ``micro_batches`` takes any net as it trains: with its dropout, and with batch statistics of each micro-batch.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def two_batch(
     return TwoBatch(trace, squared_gradient, ratio, math.sqrt(variance))
 
 
-def by_micro_batches(
+def micro_batches(
     solution: Solution, *, batch_size: int, micro_batch_size: int, draws: int, seed: int = 0
-) -> TwoBatch:
+) -> pd.DataFrame:
     """Estimate tr Σ, |G|² and the noise scale of any net, from gradients of micro-batches and of their means.
 
     The net is measured as it trains: with dropout, and under batch normalisation with the statistics of each
@@ -140,7 +140,7 @@ def by_micro_batches(
 
     batch_size: examples of a draw, with replacement; a multiple of the micro-batch size, at least twice that.
     micro_batch_size: examples of a micro-batch. draws: at least 2; the standard error falls with their root.
-    Raises ValueError for sizes that do not fit.
+    Returns one row, a ``TwoBatch``. Raises ValueError for sizes that do not fit.
     """
     count, rest = divmod(batch_size, micro_batch_size) if micro_batch_size >= 1 else (0, 0)
     if rest or count < 2:
@@ -162,7 +162,7 @@ def by_micro_batches(
                     total[name].add_(g, alpha=1 / count)
             small.append(np.mean(squares))
             big.append(_squared_norm(total.values()))
-    return two_batch(small, big, micro_batch_size, batch_size, paired=True)
+    return pd.DataFrame([two_batch(small, big, micro_batch_size, batch_size, paired=True)])
 
 
 def scale(solution: Solution, *, seed: int = 0) -> pd.DataFrame:
@@ -170,11 +170,6 @@ def scale(solution: Solution, *, seed: int = 0) -> pd.DataFrame:
     found = exact(solution)
     row = {"trace": found.trace, "squared_gradient": found.squared_gradient, "train_loss": found.loss}
     return pd.DataFrame([{**row, "gradient_noise_scale": found.gradient_noise_scale}])
-
-
-def micro_batches(solution: Solution, *, seed: int = 0, **options: int) -> pd.DataFrame:
-    """``by_micro_batches`` for ``sweep.measure``: one row."""
-    return pd.DataFrame([by_micro_batches(solution, seed=seed, **options)])
 
 
 def minibatches(
