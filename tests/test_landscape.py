@@ -101,7 +101,7 @@ def test_loss_and_accuracy_of_all_examples_are_the_trainings(split, loss):
     value, accuracy = here.loss(here.origin)
     expected = [float(x) for x in training.evaluate(split)]
     assert (value, accuracy) == (pytest.approx(expected[0], rel=1e-5), expected[1])
-    assert here.description == f"500 {split} examples"
+    assert here.num_examples == 500
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -200,7 +200,7 @@ def test_the_examples_are_the_same_for_every_network():
     mine = [(*x, y) for x, y in zip(few[0].tolist(), few[1].tolist())]
     assert len(set(mine)) == 50 and set(mine) < set(given)
     assert not torch.equal(few[1], BLOBS.train_targets[:50])  # drawn, in case a set is sorted
-    assert of(examples=50).description == "50 train examples"
+    assert of(examples=50).num_examples == 50
 
 
 def test_the_mean_is_over_the_chosen_examples():
@@ -309,18 +309,7 @@ def test_boxes_has_a_row_for_each_size_and_space():
         assert value > 0
 
 
-# Lines and directions
-
-
-def test_the_ends_of_a_line_are_the_two_solutions():
-    start, end = weights_of(), weights_of(seed=1)
-    frame = landscape.line(of(start), vector(start), vector(end), [0.0, 0.5, 1.0])
-    assert frame["alpha"].tolist() == [0.0, 0.5, 1.0]
-    middle = {name: (w + end[name]) / 2 for name, w in start.items()}
-    for i, weights in enumerate((start, middle, end)):
-        here = of(weights)
-        assert frame.loc[i, ["loss", "accuracy"]].tolist() == pytest.approx(here.loss(here.origin), rel=1e-12)
-    assert frame["loss"].nunique() == 3
+# Directions
 
 
 @pytest.mark.parametrize("model", ["brownlee_mlp", "plain_cnn"])

@@ -94,20 +94,22 @@ def solutions():
     return [Solution(problem, {n: w[i : i + 1] for n, w in training.weights().items()}) for i in (0, 1)]
 
 
-def _losses(solution, weights):
+def _evaluated(solution, weights):
+    """Loss and accuracy on both splits."""
     module, data = solution.problem.net.module(0), solution.problem.dataset
     module.load_state_dict({name: w[0] for name, w in weights.items()})
     with torch.no_grad():
-        return [float(F.cross_entropy(module(x), y)) for x, y in map(data.tensors, ("train", "test"))]
+        pairs = [(module(x), y) for x, y in map(data.tensors, ("train", "test"))]
+    return [[float(F.cross_entropy(out, y)), float((out.argmax(1) == y).float().mean())] for out, y in pairs]
 
 
-def test_the_line_between_two_solutions_has_the_losses_of_the_module_there(solutions):
+def test_the_line_between_two_solutions_is_that_of_the_module_there(solutions):
     first, second = solutions
-    found = sharpness.line_between(first, second, [-0.5, 0.0, 1.0]).set_index(["alpha", "split"]).loss
+    found = sharpness.line_between(first, second, [-0.5, 0.0, 1.0]).set_index(["split", "alpha"])
     for alpha in (-0.5, 0.0, 1.0):
         weights = {n: (1 - alpha) * w + alpha * second.weights[n] for n, w in first.weights.items()}
-        expected = _losses(first, weights)
-        assert [found[alpha, "train"], found[alpha, "test"]] == pytest.approx(expected, rel=1e-5)
+        for split, expected in zip(("train", "test"), _evaluated(first, weights)):
+            assert found.loc[(split, alpha), ["loss", "accuracy"]].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_rescaled_net_is_the_same_function_with_another_sharpness(solutions):

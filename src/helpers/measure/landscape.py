@@ -42,7 +42,7 @@ class Landscape:
         if not 1 <= (size if examples is None else examples) <= size:
             raise ValueError(f"examples is {examples!r}; expected 1 to {size} (the {split} set), or None for all")
         chosen = epoch_order(size, 0, 0)[:examples].to(dataset.device)
-        self.num_examples, self.description = len(chosen), f"{len(chosen):,} {split} examples"
+        self.num_examples = len(chosen)
         self.stack = stack.at(solution, dtype=dtype)
         chunk = self.stack.chunk if self.stack.kernel is None else _CHUNK
         self.batches = [cast(dataset.batch(part, split), dtype) for part in chosen.split(chunk)]
@@ -70,8 +70,7 @@ class Landscape:
         self._move(vector)
         with deterministic(self.stack):
             sums = [torch.cat(self.stack.evaluate(*batch)) for batch in self.batches]
-        loss, right = (sum(sums) / self.num_examples).tolist()
-        return loss, right
+        return tuple((sum(sums) / self.num_examples).tolist())
 
     def gradient(self, vector: np.ndarray) -> tuple[float, np.ndarray]:
         """Mean loss and its gradient at ``vector``: float64 ``(parameters,)``."""
@@ -117,17 +116,16 @@ def eigenvalues(landscape: Landscape, count: int = 1, *, tolerance: float = 1e-3
         products += 1
         return landscape.hessian_vector(np.ravel(v))
 
-    if not math.isfinite(landscape.loss(landscape.origin)[0]):
-        lost = {"rank": range(1, count + 1), "eigenvalue": math.nan, "residual": math.nan, "converged": False}
-        return pd.DataFrame(lost).assign(products=0)
     operator = sparse_linalg.LinearOperator((size, size), matvec=multiply, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(size)  # fixed: ARPACK's own start would differ from run to run
+    values, vectors = np.empty(0), np.empty((size, 0))
     try:
-        values, vectors = sparse_linalg.eigsh(operator, count, which="LA", v0=start, tol=tolerance, maxiter=limit)
+        if math.isfinite(landscape.loss(landscape.origin)[0]):
+            values, vectors = sparse_linalg.eigsh(operator, count, which="LA", v0=start, tol=tolerance, maxiter=limit)
     except sparse_linalg.ArpackNoConvergence as partly:
         values, vectors = partly.eigenvalues, partly.eigenvectors
-    except sparse_linalg.ArpackError:  # a Hessian of zeros, or of what is not finite
-        values, vectors = np.empty(0), np.empty((size, 0))
+    except sparse_linalg.ArpackError:
+        pass  # a Hessian of zeros, or of what is not finite
     rows = []
     for value, vector in sorted(zip(values, vectors.T), key=lambda pair: -pair[0]):
         residual = np.linalg.norm(landscape.hessian_vector(vector) - value * vector) / abs(value)
@@ -162,12 +160,6 @@ def box_sharpness(
     options = {"maxiter": iterations, "gtol": 0, "ftol": 0}  # scipy's own would stop before a step at a well-fitted net
     found = optimize.minimize(fall, np.zeros(len(size)), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     return 100 * (-found.fun - at_origin) / (1 + at_origin)
-
-
-def line(landscape: Landscape, start: np.ndarray, end: np.ndarray, alphas: Iterable[float]) -> pd.DataFrame:
-    """Loss and accuracy at ``start + alpha · (end − start)``: columns ``alpha``, ``loss``, ``accuracy``."""
-    rows = [(alpha, *landscape.loss(start + alpha * (end - start))) for alpha in alphas]
-    return pd.DataFrame(rows, columns=["alpha", "loss", "accuracy"])
 
 
 def filter_normalised(landscape: Landscape, seed: int = 0) -> np.ndarray:

@@ -53,10 +53,11 @@ def at_equal_loss(sharpness: pd.Series, train_loss: pd.Series, small: int, large
 
 
 def line_between(start: Solution, end: Solution, alphas: Iterable[float]) -> pd.DataFrame:
-    """``landscape.line`` from one solution to another on both splits, ``split``: train and test."""
-    origins = [landscape.Landscape(one, examples=1).origin for one in (start, end)]
-    frames = {s: landscape.line(landscape.Landscape(start, split=s), *origins, alphas) for s in ("train", "test")}
-    return pd.concat(frames, names=["split"]).reset_index("split").reset_index(drop=True)
+    """Loss and accuracy at ``start + alpha · (end − start)``: columns ``split``, ``alpha``, ``loss``, ``accuracy``."""
+    sides = {split: landscape.Landscape(start, split=split) for split in ("train", "test")}
+    first, last = (landscape.Landscape(one, examples=1).origin for one in (start, end))
+    rows = [(s, a, *here.loss(first + a * (last - first))) for s, here in sides.items() for a in alphas]
+    return pd.DataFrame(rows, columns=["split", "alpha", "loss", "accuracy"])
 
 
 def rise_around(line: pd.DataFrame, centre: float, distance: float = 0.25) -> pd.Series:
