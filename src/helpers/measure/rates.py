@@ -40,19 +40,17 @@ def trainable_range(score: pd.Series, margin: float) -> pd.Series:
     return pd.Series({"lowest": score.index[longest[0]], "highest": score.index[longest[-1]], "rates": len(longest)})
 
 
-def scaled(
-    lr: float, rule: str, growth: float, epochs: float, *, warmup: float = 0.05, divisor: float = 32
-) -> float | Schedule:
+def scaled(lr: float, rule: str, growth: float, epochs: float) -> float | Schedule:
     """The learning rate that ``rule`` gives a batch ``growth`` times as large, in a run of ``epochs``.
 
-    "warm-up" is the linear rule, reached by a straight rise from a rate ``divisor`` times smaller over the share
-    ``warmup`` of the run (Goyal 2017).
+    "warm-up" is the linear rule, reached by a straight rise from a rate 32 times smaller over the first 5 % of the run
+    (Goyal 2017).
 
     >>> scaled(0.1, "√", 4, epochs=5), scaled(0.1, "linear", 4, epochs=5)
     (0.2, 0.4)
     """
     lr = lr * growth ** RULES[rule]
-    return schedule({0: lr / divisor, warmup * epochs: lr}, linear=True) if rule == "warm-up" else lr
+    return schedule({0: lr / 32, 0.05 * epochs: lr}, linear=True) if rule == "warm-up" else lr
 
 
 def ruled_settings(
