@@ -272,13 +272,6 @@ def test_a_draw_is_uniform_and_with_replacement():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_a_minibatchs_share_undoes_the_mean():
-    sizes, values = [7, 7, 6], np.random.default_rng(0).normal(size=20)
-    means = [part.mean() for part in np.split(values, [7, 14])]
-    assert sum(gradients.share(b, 20) * m for b, m in zip(sizes, means)) == pytest.approx(values.mean())
-    assert gradients.share(64, 1024) == 1 / 16
-
-
 def test_minibatch_noise_is_the_rms_distance_from_the_full_gradient():
     w, indices = one_replica(WEIGHTS), gradients.draw(DIGITS.num_train, 48, 0, 0)
     full = mlp_gradient(w, *examples(torch.arange(DIGITS.num_train)))["head.weight"]

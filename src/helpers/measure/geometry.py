@@ -9,14 +9,15 @@ import torch
 from helpers.engine.stack import Stack
 
 
-def _squared_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def squared_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Squared Euclidean norm of each tensor: name → float64 ``(replicas,)``."""
     # On the CPU, because not every device has float64.
     return {name: t.detach().reshape(len(t), -1).cpu().double().square().sum(1) for name, t in tensors.items()}
 
 
 def weight_norm(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Euclidean norm of all weights and biases together, the *radius*: float64 ``(replicas,)``."""
-    return sum(_squared_norms(weights).values()).sqrt()
+    return sum(squared_norms(weights).values()).sqrt()
 
 
 def distances(stack: Stack, initial_weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -26,7 +27,7 @@ def distances(stack: Stack, initial_weights: Mapping[str, torch.Tensor]) -> dict
     values float64 ``(replicas,)``. A ``measures`` for ``Training``.
     """
     now = {name: p.detach() for name, p in stack.parameters.items()}
-    squared = _squared_norms({name: now[name] - initial_weights[name] for name in now})
+    squared = squared_norms({name: now[name] - initial_weights[name] for name in now})
     none = torch.zeros(stack.replicas, dtype=torch.float64)  # of a net without biases, say
     of_biases = {name: "bias" in name.rpartition(".")[2] for name in squared}
     biases, weights = (sum((v for n, v in squared.items() if of_biases[n] == of), none) for of in (True, False))

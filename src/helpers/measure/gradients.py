@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from helpers.engine import stack
 from helpers.engine.stack import Stack
-from helpers.measure import kernels
+from helpers.measure import geometry, kernels
 from helpers.problems import Solution
 
 # |g| beyond which the write-up's histograms of single gradient entries differ most between sizes 2 and 1024.
@@ -35,11 +35,6 @@ def draw(num_examples: int, draw_size: int, seed: int, trial: int) -> torch.Tens
     """Draw a trial's examples with replacement: int64 ``(draw_size,)``, a function of (seed, trial) alone."""
     rng = np.random.default_rng([seed, trial, 1])
     return torch.from_numpy(rng.integers(0, num_examples, draw_size))
-
-
-def share(batch: int, total: int) -> float:
-    """The weight of a minibatch's mean in the mean over ``total`` examples: the factor that undoes its 1/B."""
-    return batch / total
 
 
 def mean_gradient(
@@ -105,7 +100,7 @@ def walk(solution: Solution, *, batch_sizes: Sequence[int], trials: Sequence[int
             total = {name: torch.zeros_like(p) for name, p in s.parameters.items() if name in added}
             with deterministic(s):
                 for minibatch in indices.split(batch_size, dim=1):
-                    _descend(s, *s.batch(minibatch), lr, total, share(minibatch.shape[1], draw_size))
+                    _descend(s, *s.batch(minibatch), lr, total, minibatch.shape[1] / draw_size)
             rows += _rows({name: total[name] for name in recorded}, last, batch_size, chunk)
     return pd.DataFrame(rows)
 
@@ -142,7 +137,7 @@ def frozen(solution: Solution, *, batch_sizes: Sequence[int], trials: Sequence[i
             parts = [indices[:whole].view(-1, batch_size), indices[whole:].view(1, -1)]
             for minibatches in (part for part in parts if part.numel()):
                 for name, gradient in _minibatch_gradients(s, minibatches, recorded):
-                    scaled = gradient.sum(0, keepdim=True) * share(minibatches.shape[1], draw_size)
+                    scaled = gradient.sum(0, keepdim=True) * (minibatches.shape[1] / draw_size)
                     total[name] = total[name] + scaled if name in total else scaled
                     if full is not None and minibatches.shape[1] == batch_size:
                         squared_distance += float((gradient - full).cpu().double().square().sum())
@@ -203,8 +198,7 @@ def _recorded(
     s: Stack, solution: Solution, layers: str, batch_sizes: Sequence[int], draw_size: int
 ) -> tuple[str, list[str]]:
     """Check the arguments; returns the name of the last layer's weight, and the names of all that are recorded."""
-    for batch_size in batch_sizes:
-        check_split(batch_size, draw_size)
+    check_splits(batch_sizes, draw_size)
     if layers not in ("last", "all"):
         raise ValueError(f"layers is {layers!r}; expected 'last' or 'all'")
     names = [name for name in solution.weights if name in s.parameters]
@@ -213,11 +207,11 @@ def _recorded(
     return last, [last] if layers == "last" else names
 
 
-def check_split(batch_size: int, draw_size: int) -> int:
-    """Return ``batch_size``; raises ValueError unless it is from 1 to the size of a draw."""
-    if not 1 <= batch_size <= draw_size:
-        raise ValueError(f"batch_size is {batch_size!r}; expected a whole number from 1 to {draw_size} (the draw)")
-    return batch_size
+def check_splits(batch_sizes: Sequence[int], draw_size: int) -> None:
+    """Raise ValueError unless every size is from 1 to the size of a draw."""
+    for size in batch_sizes:
+        if not 1 <= size <= draw_size:
+            raise ValueError(f"batch_size is {size!r}; expected a whole number from 1 to {draw_size} (the draw)")
 
 
 def _minibatch_gradients(s: Stack, minibatches: torch.Tensor, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -235,14 +229,14 @@ def _full_gradient(s: Stack, last: str) -> torch.Tensor:
     dataset, total = s.problem.dataset, []
     for chunk in torch.arange(dataset.num_train, device=dataset.device).split(s.chunk if s.kernel is None else _CHUNK):
         ((_, gradient),) = _minibatch_gradients(s, chunk.unsqueeze(0), [last])
-        total.append(gradient.cpu().double() * share(len(chunk), dataset.num_train))
+        total.append(gradient.cpu().double() * (len(chunk) / dataset.num_train))
     return torch.stack(total).sum(0).float().to(dataset.device)
 
 
 def _rows(
     total: Mapping[str, torch.Tensor], last: str, batch_size: int, trials: Sequence[int]
 ) -> list[dict[str, float]]:
-    squared = {name: g.reshape(len(g), -1).cpu().double().square().sum(1) for name, g in total.items()}
+    squared = geometry.squared_norms(total)
     tail = (total[last].reshape(len(total[last]), -1).abs() > TAIL).float().mean(1)
     rows = []
     for i, trial in enumerate(trials):

@@ -150,8 +150,7 @@ def measure(
 
 def _check_measure(protocol: str, chosen: Protocol, complete: Sequence[Mapping], epochs: Sequence[int], trials: int,
                    options: Mapping[str, object]) -> None:  # fmt: skip
-    for batch_size in options.get("batch_sizes", ()):
-        gradients.check_split(batch_size, options.get("draw_size", 1024))
+    gradients.check_splits(options.get("batch_sizes", ()), options.get("draw_size", 1024))
     if any(s["norm"] != "none" for s in complete):
         raise ValueError("the protocols measure networks without normalisation; leave out norm")
     if not chosen.any_loss and any(s["problem"].names and s["loss"] != "cross_entropy" for s in complete):
