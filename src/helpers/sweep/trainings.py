@@ -41,14 +41,15 @@ class Protocol(NamedTuple):
     function: Callable[..., pd.DataFrame]
     version: int = 1
     trials: bool = False  # whether it has several
-    any_loss: bool = False  # else it measures the cross-entropy of built-in problems
+    loss_in_key: bool = False  # whether its keys name the loss once more, apart from the training's
     any_batch: bool = False  # whether an example's loss may depend on the others in its batch
 
 
 PROTOCOLS = {
     "walk": Protocol(gradients.walk, trials=True), "frozen": Protocol(gradients.frozen, trials=True),
-    "staleness": Protocol(gradients.staleness), "spectrum": Protocol(landscape.spectrum, any_loss=True, any_batch=True),
-    "boxes": Protocol(landscape.boxes, any_loss=True, any_batch=True), "noise": Protocol(noise.scale),
+    "spectrum": Protocol(landscape.spectrum, loss_in_key=True, any_batch=True),
+    "boxes": Protocol(landscape.boxes, loss_in_key=True, any_batch=True),
+    "staleness": Protocol(gradients.staleness), "noise": Protocol(noise.scale),
     "minibatches": Protocol(noise.minibatches), "micro_batches": Protocol(noise.micro_batches, any_batch=True),
 }  # fmt: skip
 
@@ -132,7 +133,7 @@ def measure(
         if chosen.trials:
             given["trials"] = list(range(trials)[start:][:_TRIALS_PER_JOB])
         of = {"protocol": protocol, "of": content(s, seed, seeds), "epoch": epoch, **given}
-        if chosen.any_loss:
+        if chosen.loss_in_key:
             of["loss"] = s["loss"]
         if chosen.version > 1:
             of["version"] = chosen.version
@@ -151,10 +152,8 @@ def measure(
 def _check_measure(protocol: str, chosen: Protocol, complete: Sequence[Mapping], epochs: Sequence[int], trials: int,
                    options: Mapping[str, object]) -> None:  # fmt: skip
     gradients.check_splits(options.get("batch_sizes", ()), options.get("draw_size", 1024))
-    if any(s["norm"] != "none" for s in complete):
-        raise ValueError("the protocols measure networks without normalisation; leave out norm")
-    if not chosen.any_loss and any(s["problem"].names and s["loss"] != "cross_entropy" for s in complete):
-        raise ValueError(f"protocol {protocol!r} measures the cross-entropy; leave out loss")
+    if any(s["norm"] == "batch" for s in complete):
+        raise ValueError("the protocols measure networks without batch normalisation; choose norm='group' or 'none'")
     for s in complete if not chosen.any_batch else ():
         if not s["problem"].names:
             stack.build(s["problem"], [0]).train().refuse_batch_statistics(protocol)
