@@ -255,13 +255,12 @@ def _one_by_one(s: Stack, inputs: Any, targets: Any) -> Iterator[Part]:
 def _vmapped(s: Stack, inputs: Any, targets: Any) -> Iterator[Part]:
     """Gradients of as many examples at a time as fit into ``_GRADIENT_BYTES``, by ``torch.func``."""
 
-    def loss(parameters: dict[str, torch.Tensor], module: nn.Module, x: Any, y: Any) -> tuple:
+    def loss(parameters: dict[str, torch.Tensor], module: nn.Module, x: Any, y: Any) -> torch.Tensor:
         x, y = tree_map(lambda t: t.unsqueeze(0), (x, y))
         outputs = call(lambda *args, **named: torch.func.functional_call(module, parameters, args, named), x)
-        own = s.problem.example_losses(outputs, y).squeeze(0)
-        return own, own
+        return s.problem.example_losses(outputs, y).squeeze(0)
 
-    gradients = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, None, 0, 0))
+    gradients = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, None, 0, 0))
     replicas = [{name: leaf.detach() for name, leaf in s.leaves(i).items()} for i in range(s.replicas)]
     chunk = max(1, _GRADIENT_BYTES // sum(p.numel() * p.element_size() for p in replicas[0].values()))
     for start in range(0, len(tree_leaves(targets)[0]), chunk):
