@@ -88,11 +88,11 @@ def peaks(functions: Iterable[Callable[[], object]], device: torch.device | str 
     """
     if torch.device(device).type == "cuda":
         return [_cuda_peak(function, device) for function in functions]
-    process = _process if sys.platform == "linux" else _process.__wrapped__
-    measure = _resident_peak if sys.platform == "linux" else _lifetime_peak
+    resets = sys.platform == "linux"
+    process = _process if resets else _process.__wrapped__
     try:
         calls = ((process(torch.get_num_threads()), packed(function)) for function in functions)
-        return [started.submit(measure, function).result() for started, function in calls]
+        return [started.submit(_resident_peak, function, resets).result() for started, function in calls]
     except BrokenExecutor:
         _process.cache_clear()
         raise
@@ -119,27 +119,18 @@ def _cuda_peak(function: Callable[[], object], device: torch.device | str) -> in
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _resident_peak(sent: bytes) -> int:
-    function = cloudpickle.loads(sent)
+def _resident_peak(sent: bytes, resets: bool) -> int:
+    function, process = cloudpickle.loads(sent), psutil.Process()
+    if resets:
+        function()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest resident set so far
+    before = process.memory_info().rss
     function()
-    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the highest resident set so far
-    before = _status("VmRSS")
-    function()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    """Linux's figure ``name`` of this process, in bytes."""
-    kilobytes = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return 1024 * int(kilobytes[1])
-
-
-def _lifetime_peak(sent: bytes) -> int:
-    function = cloudpickle.loads(sent)
-    before = psutil.Process().memory_info().rss
-    function()
+    if resets:
+        highest = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return 1024 * int(highest[1]) - before
     if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset - before
+        return process.memory_info().peak_wset - before
     import resource
 
     kilobytes = 1024 if sys.platform == "linux" else 1  # macOS counts bytes
