@@ -32,6 +32,7 @@ def connect(address: str):
         raise ClusterError("a cluster needs Dask: pip install -c constraints.txt -e '.[cluster]'") from None
     if not re.fullmatch(r"((tcp|tls|ws|wss|ucx)://)?[^\s/]+:\d{1,5}", address):
         raise ClusterError(f"{address!r} is not a scheduler's address; expected tcp://host:8786 or the like")
+    start = f"dask worker {address} --nworkers auto --nthreads 1"
     try:
         client = distributed.Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
@@ -41,31 +42,21 @@ def connect(address: str):
         client.wait_for_workers(1, timeout=PATIENCE)
     except TimeoutError:
         client.close()
-        raise ClusterError(f"the scheduler at {address} has no workers; start one: {worker(address)}") from None
+        raise ClusterError(f"the scheduler at {address} has no workers; start one: {start}") from None
     threads = {w["nthreads"] for w in client.scheduler_info(n_workers=-1)["workers"].values()}
     if threads != {1}:
         client.close()
-        text = f"workers with {sorted(threads)} threads; a job wants a process of its own: {worker(address)}"
-        raise ClusterError(text)
+        raise ClusterError(f"workers with {sorted(threads)} threads; a job wants a process of its own: {start}")
     return client
-
-
-def worker(address: str) -> str:
-    """The command that starts a worker on each core of a machine."""
-    return f"dask worker {address} --nworkers auto --nthreads 1"
 
 
 @functools.cache
 def device_type(address: str) -> str:
     """The kind of device that the workers have; raises ClusterError where they differ, as their results would."""
-    kinds = set(connect(address).run(_device_type).values())
+    kinds = set(connect(address).run(lambda: pick_device().type).values())
     if len(kinds) > 1:
         raise ClusterError(f"the workers at {address} have different devices: {', '.join(sorted(kinds))}; use one kind")
     return kinds.pop()
-
-
-def _device_type() -> str:
-    return pick_device().type
 
 
 def backend(address: str, datasets: Iterable[str]):
@@ -77,16 +68,12 @@ def backend(address: str, datasets: Iterable[str]):
 
 @functools.cache
 def _provide(address: str, name: str) -> None:
-    files = builtin.files_of(name)
-    if files:
-        connect(address).register_plugin(_plugin(name, files), name=f"companion-{name}")
-
-
-def _plugin(name: str, files: dict[str, bytes]):
     import distributed
 
     class Provide(distributed.WorkerPlugin):
         def setup(self, worker) -> None:
             builtin.put_files(name, files)
 
-    return Provide()
+    files = builtin.files_of(name)
+    if files:  # by name: another runner's call replaces this plugin, and the scheduler keeps the files once
+        connect(address).register_plugin(Provide(), name=f"companion-{name}")
