@@ -136,15 +136,15 @@ def status(folder: Path | None) -> None:
 def clean(yes: bool) -> None:
     """List files of the store that can be deleted: damaged or abandoned results, and those of older versions."""
     from helpers.engine.training import NUMERICS
-    from helpers.sweep.store import Store, remove
+    from helpers.sweep.store import Store, remove, size
 
     with _one_line_errors():
-        waste = Store().waste({"numerics": NUMERICS})
-        for one in waste:
-            _say(f"{_bytes(one.bytes):>10}  {one.what}: {one.path}")
+        waste = [(size(path), reason, path) for reason, path in Store().waste({"numerics": NUMERICS})]
+        for number, reason, path in waste:
+            _say(f"{_bytes(number):>10}  {reason}: {path}")
             if yes:
-                remove(one.path)
-        total = _bytes(sum(one.bytes for one in waste))
+                remove(path)
+        total = _bytes(sum(number for number, _, _ in waste))
         can_go = f"{total} can be deleted: companion clean --yes" if waste else "nothing to delete"
         _say(f"{total} deleted" if yes else can_go)
 

@@ -17,7 +17,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +30,6 @@ ABANDONED = 3600.0  # seconds without a change after which what a writer left un
 
 class StoreError(OSError):
     """A result that could not be written: the disk is full, or the folder is read-only; the rest is intact."""
-
-
-@dataclass(frozen=True)
-class Waste:
-    """Something in a store that may go: what it is, where, and its bytes."""
-
-    what: str
-    path: Path
-    bytes: int
 
 
 def key_of(content: Mapping[str, object]) -> str:
@@ -76,21 +66,18 @@ class Store:
         with _written(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".new-", dir=self.folder, ignore_cleanup_errors=True) as new:
-                self._write(Path(new), key, record, frame, arrays)
+                entry = Path(new, key)
+                entry.mkdir()
+                frame.to_parquet(entry / "frame.parquet", index=False)
+                if arrays:
+                    np.savez(entry / "arrays.npz", **arrays)
+                record["sha256"] = {file.name: _sha256(file) for file in sorted(entry.iterdir())}
+                (entry / "entry.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+                with FileLock(self.folder / ".lock"):
+                    if (self.folder / key).exists():
+                        os.rename(self.folder / key, Path(new, "old"))
+                    os.rename(entry, self.folder / key)
         return key
-
-    def _write(self, new: Path, key: str, record: dict, frame: pd.DataFrame, arrays: Mapping | None) -> None:
-        entry = new / key
-        entry.mkdir()
-        frame.to_parquet(entry / "frame.parquet", index=False)
-        if arrays:
-            np.savez(entry / "arrays.npz", **arrays)
-        record["sha256"] = {file.name: _sha256(file) for file in sorted(entry.iterdir())}
-        (entry / "entry.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        with FileLock(self.folder / ".lock"):
-            if (self.folder / key).exists():
-                os.rename(self.folder / key, new / "old")
-            os.rename(entry, self.folder / key)
 
     def claim(self, key: str) -> FileLock | None:
         """A held lock on computing the entry, or None while another process holds it; it ends with its process.
@@ -98,11 +85,11 @@ class Store:
         ``settle`` it once the entry has been put, and no file is left of it; else ``release`` it.
         """
         lock = FileLock(self._claim_file(key), thread_local=False)  # joblib takes in one thread what another releases
-        with _written(self.folder), contextlib.suppress(Timeout):
+        with _written(self.folder):
             (self.folder / ".claims").mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-            return lock
-        return None
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                return lock
 
     def settle(self, key: str, lock: FileLock) -> None:
         """Release a claim, and remove its file: whoever waits at it looks for the entry first."""
@@ -116,8 +103,8 @@ class Store:
         """The keys of all entries, whole or not."""
         return sorted(e.name for e in self.folder.glob("[0-9a-f]*") if _KEY.fullmatch(e.name))
 
-    def waste(self, current: Mapping[str, object]) -> list[Waste]:
-        """List what can be deleted: damaged results set aside, leftovers of killed writers, entries nothing reads.
+    def waste(self, current: Mapping[str, object]) -> list[tuple[str, Path]]:
+        """List files that can be deleted, each with the reason: damaged, left by killed writers, or read by nothing.
 
         current: what the content of an entry must say to be read, such as ``{"numerics": 2}``.
         """
@@ -134,12 +121,12 @@ class Store:
             content = record["content"].get("of", record["content"]) if record else {}
             if any(name in content and content[name] != value for name, value in current.items()):
                 found.append(("of older numerics", self.folder / key))
-        return [Waste(what, path, size(path)) for what, path in found]
+        return found
 
     def has(self, key: str, arrays: Iterable[str] = ()) -> bool:
-        """Whether the entry is there, whole, with at least these arrays."""
+        """Whether the entry is there, whole, with at least these arrays, each given by the beginning of its name."""
         record = self._record(key)
-        return record is not None and set(arrays) <= set(record["arrays"])
+        return record is not None and all(any(a.startswith(start) for a in record["arrays"]) for start in arrays)
 
     def frame(self, key: str) -> pd.DataFrame:
         """The frame of an entry. Raises KeyError where there is none."""
@@ -155,17 +142,15 @@ class Store:
         if not record["arrays"]:
             return {}
         with np.load(self.folder / key / "arrays.npz", allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            return dict(file)
 
     def _record(self, key: str) -> dict | None:
         """The verified record of an entry, or None; a damaged entry is moved to ``damaged/`` with a warning."""
         entry = self.folder / _checked(key)
         if not entry.exists():
             return None
-        try:
+        with contextlib.suppress(*_DAMAGE):  # or replaced while it was read: under the lock it holds still
             return _verified(entry)
-        except _DAMAGE:
-            pass  # or replaced while it was read: under the lock it holds still
         with _written(self.folder), FileLock(self.folder / ".lock"):
             if not entry.exists():
                 return None
@@ -184,8 +169,6 @@ def _written(folder: Path):
     """Turn a write failure into a StoreError that suggests a fix."""
     try:
         yield
-    except Timeout:
-        raise
     except OSError as error:
         reason = f"a result could not be written into {folder}: {error.strerror or error}"
         way_out = "earlier results are intact; make room there, or name another folder in $COMPANION_STORE"
