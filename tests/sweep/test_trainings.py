@@ -342,7 +342,7 @@ def test_jobs_are_those_asked_for_else_of_companion_jobs(monkeypatch, given, var
     monkeypatch.setattr(joblib, "parallel_config", spy)
     monkeypatch.setenv("COMPANION_JOBS", variable)
     sweep.run(sweep.grid(BLOBS, lr=[0.1, 0.2, 0.3, 0.4]), 1, jobs=given)
-    assert asked == [("sequential", 1) if expected == 1 else ("loky", expected)]
+    assert asked == [("loky", expected)]
 
 
 def test_torchs_threads_are_as_before():

@@ -56,47 +56,29 @@ class Job:
     def keys(self) -> list[str]:
         return [key_of(content) for content in self.contents]
 
-    @property
-    def of(self) -> dict[str, object]:
-        """The content of the training: a measure's content holds it."""
-        return self.contents[0].get("of", self.contents[0])
-
 
 def execute(todo: list[Job], jobs: int | None, store: Store) -> None:
     """Run jobs, the longest first, each result into the store as it comes; await those that another process runs."""
     if not todo:
         return
     address = cluster.address()
-    jobs = jobs or _jobs_from_environment() or (joblib.cpu_count() if device_type() == "cpu" else 1)
+    asked = jobs or int(os.environ.get("COMPANION_JOBS") or 0)  # by ``companion run --jobs``
+    jobs = asked or (joblib.cpu_count() if device_type() == "cpu" else 1)
     workers = min(len(todo), jobs) if sum(job.work for job in todo) > _WORTH_WORKERS else 1
     todo = sorted(todo, key=lambda job: -job.work)
     about = {"torch": torch.__version__, "python": platform.python_version(), "device": device_type()}
-    backend = cluster.backend(address, {job.dataset for job in todo}) if address else _local(workers)
+    if address:
+        backend = cluster.backend(address, {job.dataset for job in todo})
+    else:  # arguments go through pipes, not as pickled files (max_nbytes)
+        backend = joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1, max_nbytes=None)
     with tqdm(total=len(todo), unit="job", file=sys.stdout, mininterval=1.0, ncols=110) as bar, backend:
         while todo:
-            done = _one_round(
-                todo, store, about, bar, remote=address is not None or workers > 1, all_at_once=bool(address)
-            )
+            done = _one_round(todo, store, about, bar, remote=bool(address) or workers > 1, all_at_once=bool(address))
             left = [job for i, job in enumerate(todo) if i not in done and not _is_done(job, store)]
             bar.update(len(todo) - len(done) - len(left))
             todo = left
             if todo:
                 time.sleep(_LOOK_AGAIN)
-
-
-def _jobs_from_environment() -> int | None:
-    """The number of processes that ``companion run --jobs`` gives its kernels."""
-    text = os.environ.get("COMPANION_JOBS", "")
-    if text and not text.isdigit():
-        raise ValueError(f"$COMPANION_JOBS is {text!r}; expected a whole number")
-    return int(text) if text else None
-
-
-def _local(workers: int):
-    if workers == 1:
-        return joblib.parallel_config("sequential")
-    # Arguments go through pipes, not as pickled files (max_nbytes).
-    return joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1, max_nbytes=None)
 
 
 def _one_round(
@@ -127,12 +109,7 @@ def _one_round(
 def _claimed(todo: Sequence[Job], claims: dict[int, list[FileLock]], store: Store) -> Iterator[int]:
     """The numbers of the jobs that are neither done nor another process's, each claimed as it is asked for."""
     for number, job in enumerate(todo):
-        locks = []
-        for key in job.keys:
-            lock = store.claim(key)
-            if lock is None:
-                break
-            locks.append(lock)
+        locks = list(itertools.takewhile(bool, map(store.claim, job.keys)))  # None where another process has one
         done = _is_done(job, store)  # meanwhile, by another process
         if len(locks) == len(job.keys) and not done:
             claims[number] = locks
@@ -152,10 +129,10 @@ def _one(number: int, sent: Job | bytes, runner: int):
         processes.end_with_parent()
     processes.keep_freed_memory()
     here = {"numerics": NUMERICS, "device": pick_device().type, "torch": torch.__version__}
-    expected = {**job.of, "torch": job.torch_version}
-    if any(expected[name] != value for name, value in here.items()):
-        there = {name: expected[name] for name in here}
-        raise RuntimeError(f"this worker has {here}, where the runner expects {there}; install the same on both")
+    training = job.contents[0].get("of", job.contents[0])  # a measure's content holds that of the training
+    expected = {"numerics": training["numerics"], "device": training["device"], "torch": job.torch_version}
+    if here != expected:
+        raise RuntimeError(f"this worker has {here}, where the runner expects {expected}; install the same on both")
     with _one_thread():
         return number, job.function(*job.arguments)
 
