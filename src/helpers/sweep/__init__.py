@@ -4,8 +4,8 @@ import importlib
 
 _HOMES = {
     **dict.fromkeys(("run", "measure", "weights", "to_target", "PROTOCOLS"), "helpers.sweep.trainings"),
-    **dict.fromkeys(("grid", "DEFAULTS"), "helpers.sweep.settings"), "Store": "helpers.sweep.store",
-}  # fmt: skip
+    "grid": "helpers.sweep.settings",
+}
 
 
 def __getattr__(name: str):

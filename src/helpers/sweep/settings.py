@@ -94,7 +94,6 @@ def _resolve_problem(s: dict[str, object], given: Mapping[str, object]) -> None:
 def until(s: Mapping, epoch: int) -> dict[str, object]:
     """Cut the settings off at an epoch: the trunk that runs with another end may share."""
     cut = {k: s[k].until(epoch) if isinstance(s[k], Schedule) else s[k] for k in ("batch_size", "lr")}
-    cut["batch_size"] = int(cut["batch_size"]) if not isinstance(cut["batch_size"], Schedule) else cut["batch_size"]
     return {**s, **cut, "epochs": min(epoch, s["epochs"])}
 
 
@@ -169,14 +168,7 @@ def stack_matters(s: Mapping) -> bool:
     return device_type() == "cpu" and _bits_depend_on_stack(s["problem"])
 
 
-@functools.lru_cache(maxsize=64)
-def _bits_depend_on_stack(problem: Problem) -> bool:
-    return stack.bits_depend_on_stack(problem)
-
-
-def value_at(setting: object, epoch: float) -> float:
-    """A setting's value at an epoch."""
-    return setting(epoch) if isinstance(setting, Schedule) else setting
+_bits_depend_on_stack = functools.lru_cache(maxsize=64)(stack.bits_depend_on_stack)
 
 
 def known_code() -> dict[str, str]:

@@ -15,23 +15,12 @@ import pandas as pd
 import torch
 
 from helpers.engine import stack
+from helpers.engine.schedules import values_of
 from helpers.engine.training import Training
 from helpers.measure import geometry, gradients, landscape, noise
 from helpers.problems import Problem, Solution
+from helpers.sweep import settings as of_runs
 from helpers.sweep.jobs import Job, execute
-from helpers.sweep.settings import (
-    OF_TRAINING,
-    checked,
-    checked_seeds,
-    columns,
-    content,
-    device_type,
-    key,
-    read_code,
-    stack_matters,
-    until,
-    value_at,
-)  # fmt: skip
 from helpers.sweep.store import Store, key_of
 
 
@@ -82,22 +71,23 @@ def run(
     >>> run([dict(dataset="blobs", model="brownlee_mlp", epochs=1)], seeds=2).seed.nunique()
     2
     """
-    store, seeds = store or Store(), checked_seeds(seeds)
-    read_code()
+    store, seeds = store or Store(), of_runs.checked_seeds(seeds)
+    of_runs.read_code()
     labels = list(settings) if isinstance(settings, Mapping) else None
-    complete = [checked(s) for s in (settings.values() if isinstance(settings, Mapping) else settings)]
+    complete = [of_runs.checked(s) for s in (settings.values() if isinstance(settings, Mapping) else settings)]
     snapshots = sorted(set(snapshots))
     if any(s["steps"] for s in complete) and (snapshots or branch_at is not None):
         raise ValueError("snapshots and branches are at epochs; give the runs they belong to by epochs, not by steps")
-    if branch_at is not None and any(branch_at % s["record_every"] for s in complete if s["epochs"] > branch_at):
+    longer = [s for s in complete if branch_at is not None and s["epochs"] > branch_at]
+    if any(branch_at % s["record_every"] for s in longer):
         raise ValueError(f"branch_at is {branch_at}; expected a multiple of record_every: a trunk ends with a record")
-    if branch_at is not None:
-        trunks = [until(s, branch_at) for s in complete if s["epochs"] > branch_at]
-        trunks = list({key(t, seeds[0], seeds): t for t in trunks}.values())
+    if longer:
+        trunks = [of_runs.until(s, branch_at) for s in longer]
+        trunks = list({of_runs.key(t, seeds[0], seeds): t for t in trunks}.values())
         kept = [e for e in snapshots if e < branch_at]
         execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store), jobs, store)
     execute(_training_jobs(complete, seeds, snapshots, branch_at, store), jobs, store)
-    described = [{**columns(s), "run": key(s, seed, seeds)} for s in complete for seed in seeds]
+    described = [{**of_runs.columns(s), "run": of_runs.key(s, seed, seeds)} for s in complete for seed in seeds]
     if labels is not None:
         described = [{**one, "label": labels[i // len(seeds)]} for i, one in enumerate(described)]
     return _joined([store.frame(one["run"]) for one in described], described)
@@ -123,8 +113,8 @@ def measure(
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; choose one of: {', '.join(PROTOCOLS)}")
-    chosen, store, seeds = PROTOCOLS[protocol], store or Store(), checked_seeds(seeds)
-    complete, epochs = [checked(s) for s in settings], [int(e) for e in epochs]
+    chosen, store, seeds = PROTOCOLS[protocol], store or Store(), of_runs.checked_seeds(seeds)
+    complete, epochs = [of_runs.checked(s) for s in settings], [int(e) for e in epochs]
     _check_measure(protocol, chosen, complete, epochs, trials, options)
     run(settings, seeds, snapshots=epochs, jobs=jobs, store=store)
     todo, rows, arrays = [], [], functools.lru_cache(maxsize=1)(store.arrays)  # an entry holds all its epochs
@@ -132,20 +122,24 @@ def measure(
         given = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
         if chosen.trials:
             given["trials"] = list(range(trials)[start:][:_TRIALS_PER_JOB])
-        of = {"protocol": protocol, "of": content(s, seed, seeds), "epoch": epoch, **given}
+        of = {"protocol": protocol, "of": of_runs.content(s, seed, seeds), "epoch": epoch, **given}
         if chosen.loss_in_key:
             of["loss"] = s["loss"]
         if chosen.version > 1:
             of["version"] = chosen.version
         rows.append((key_of(of), s, seed, epoch))
         if not store.has(rows[-1][0]):
-            weights = _snapshot(arrays(key(s, seed, seeds)), epoch)
+            weights = _snapshot(arrays(of_runs.key(s, seed, seeds)), epoch)
             arguments = (protocol, s["problem"], weights, seed, given)
             label = f"{protocol} epoch={epoch} seed={seed}"
-            todo.append(Job(_measure, arguments, [of], label, _dataset(s), _measure_work(s, given)))
+            draws = len(given.get("batch_sizes", [0])) * len(given.get("trials", [0]))
+            work = _work(s["problem"], draws * given.get("draw_size", s["num_train"]) / 32, 32)
+            todo.append(Job(_measure, arguments, [of], label, s["problem"].names.get("dataset", ""), work))
     execute(todo, jobs, store)
     frames = [store.frame(k).rename(columns={"batch_size": "measured_batch_size"}) for k, *_ in rows]
-    described = [{**columns(s), "seed": seed, "epoch": epoch, "protocol": protocol} for _, s, seed, epoch in rows]
+    described = [
+        {**of_runs.columns(s), "seed": seed, "epoch": epoch, "protocol": protocol} for _, s, seed, epoch in rows
+    ]
     return _joined(frames, described)
 
 
@@ -178,10 +172,10 @@ def weights(
     settings: Mapping[str, object], seeds: int | Iterable[int], epoch: int, *, store: Store | None = None
 ) -> list[Solution]:
     """The solutions after ``epoch``, one a seed. Trains what the store lacks."""
-    store, seeds, s = store or Store(), checked_seeds(seeds), checked(settings)
+    store, seeds, s = store or Store(), of_runs.checked_seeds(seeds), of_runs.checked(settings)
     run([settings], seeds, snapshots=[epoch], store=store)
-    kept = [_snapshot(store.arrays(key(s, seed, seeds)), epoch) for seed in seeds]
-    return [_solution(s["problem"], one) for one in kept]
+    keys = [of_runs.key(s, seed, seeds) for seed in seeds]
+    return [_solution(s["problem"], _snapshot(store.arrays(key), epoch)) for key in keys]
 
 
 def to_target(frame: pd.DataFrame, column: str, target: float, *, axis: str = "epochs") -> pd.DataFrame:
@@ -202,51 +196,23 @@ def _training_jobs(
 ) -> list[Job]:
     todo = []
     for s in settings:
-        wanted = _arrays_wanted(s, snapshots)
-        missing = [seed for seed in seeds if not store.has(key(s, seed, seeds), wanted)]
-        if missing and stack_matters(s):
+        wanted = frozenset(f"{epoch}/" for epoch in snapshots)  # an entry holds all of a snapshot, or none
+        missing = [seed for seed in seeds if not store.has(of_runs.key(s, seed, seeds), wanted)]
+        if missing and of_runs.stack_matters(s):
             missing = list(seeds)
-        size = 1 if device_type() == "cpu" and not stack_matters(s) else len(seeds)
+        size = 1 if of_runs.device_type() == "cpu" and not of_runs.stack_matters(s) else len(seeds)
         for own in (missing[i : i + size] for i in range(0, len(missing), size)):
             trunk = None
             if branch_at is not None and branch_at < s["epochs"]:
-                keys = [key(until(s, branch_at), seed, seeds) for seed in own]
+                keys = [of_runs.key(of_runs.until(s, branch_at), seed, seeds) for seed in own]
                 trunk = [(store.frame(k), store.arrays(k)) for k in keys]
             label = " ".join(f"{k}={s[k]}" for k in ("model", "batch_size", "lr")) + f" seeds={list(own)}"
-            contents = [content(s, seed, seeds) for seed in own]
+            contents = [of_runs.content(s, seed, seeds) for seed in own]
+            batch_size = values_of(s["batch_size"])[-1]
             arguments = (s, own, snapshots, branch_at, trunk)
-            todo.append(Job(_train, arguments, contents, label, _dataset(s), _train_work(s) * len(own), wanted))
+            work = len(own) * _work(s["problem"], s["steps"] or s["epochs"] * s["num_train"] / batch_size, batch_size)
+            todo.append(Job(_train, arguments, contents, label, s["problem"].names.get("dataset", ""), work, wanted))
     return todo
-
-
-def _arrays_wanted(s: Mapping, snapshots: Sequence[int]) -> frozenset[str]:
-    """One array of each snapshot that an entry must hold; an entry holds all of a snapshot, or none."""
-    if not snapshots:
-        return frozenset()
-    return frozenset(f"{epoch}/weights/{_first_parameter(s['problem'])}" for epoch in snapshots)
-
-
-@functools.lru_cache(maxsize=64)
-def _first_parameter(problem: Problem) -> str:
-    return next(iter(dict(problem.net.module(0).named_parameters())))
-
-
-def _dataset(s: Mapping) -> str:
-    return s["problem"].names.get("dataset", "")
-
-
-def _train_work(s: Mapping) -> float:
-    size = value_at(s["batch_size"], s["epochs"])
-    return _work(s["problem"], s["steps"] or s["epochs"] * s["num_train"] / size, size)
-
-
-def _measure_work(s: Mapping, options: Mapping) -> float:
-    draws = (
-        len(options.get("batch_sizes", [0]))
-        * len(options.get("trials", [0]))
-        * options.get("draw_size", s["num_train"])
-    )
-    return _work(s["problem"], draws / 32, 32)
 
 
 def _work(problem: Problem, steps: float, batch_size: float) -> float:
@@ -254,13 +220,13 @@ def _work(problem: Problem, steps: float, batch_size: float) -> float:
     return 3 * steps * (1e7 + batch_size * _num_parameters(problem))
 
 
-@functools.lru_cache(maxsize=64)
-def _num_parameters(problem: Problem) -> int:
-    return stack.num_parameters(problem)
+_num_parameters = functools.lru_cache(maxsize=64)(stack.num_parameters)
 
 
 def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, trunk: list | None):
-    training = Training(s["problem"], seeds=seeds, measures=geometry.distances, **{k: s[k] for k in OF_TRAINING})
+    training = Training(
+        s["problem"], seeds=seeds, measures=geometry.distances, **{k: s[k] for k in of_runs.OF_TRAINING}
+    )
     arrays: list[dict[str, np.ndarray]] = [{} for _ in seeds]
     start = 0
     if trunk is not None:
