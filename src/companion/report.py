@@ -72,7 +72,8 @@ def read(folder: Path) -> tuple[dict, pd.DataFrame]:
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         names = [n["name"] for n in run["notebooks"]] + [f"{run['profile']}{run['seconds']:.0f}"]
-        table = rules.read(folder / "claims.csv") if (folder / "claims.csv").exists() else rules.empty()
+        file = folder / "claims.csv"
+        table = rules.read(file) if file.exists() else pd.DataFrame(columns=rules.COLUMNS)
         missing = set(rules.COLUMNS) - set(table)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{folder} is not the folder of a run: {error!r}; companion run writes one") from None

@@ -85,13 +85,7 @@ class Book:
         ends = dict.fromkeys([means.index[0], means.index[-1]])
         return " and ".join(f"{form.format(means[b]) if pd.notna(means[b]) else '–'} at batch {b}" for b in ends)
 
-    @staticmethod
-    def per_seed(series: pd.Series) -> rules.PerSeed:
-        """Index one figure a seed by setting, for ``judge``: ``a = book.per_seed(series)``, then ``a[64, 0.01]``.
-
-        series: indexed by the settings and, last, the seed. A setting that was not run gives ``missing``.
-        """
-        return rules.PerSeed(series)
+    per_seed = rules.PerSeed
 
     def judge(self, claim: str, measured: Mapping[str, object], **used: object) -> None:
         """Judge a claim.

@@ -5,13 +5,14 @@ All of it follows from a part's mean, its 95 % Student-t interval and n, as the 
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
-LEVEL, POWER = 0.95, 0.8
+LEVEL, POWER, MOST_SEEDS = 0.95, 0.8, 1_000
 
 
 def spread(mean: float, high: float, n: int) -> float:
@@ -32,10 +33,10 @@ def p_value(mean: float, std: float, n: int, low: float, high: float, *, outside
     return float(stats.t.sf(max(-t for t in inside) if outside else min(inside), n - 1))
 
 
-def survive(p_values: Sequence[float], share: float = 1 - LEVEL) -> np.ndarray:
-    """Which of many verdicts stand when at most ``share`` of those that stand may be chance (Benjamini & Hochberg)."""
+def survive(p_values: Sequence[float]) -> np.ndarray:
+    """Which of many verdicts stand when at most 5 % of those that stand may be chance (Benjamini & Hochberg 1995)."""
     p = np.asarray(p_values, dtype=float)
-    return stats.false_discovery_control(p) <= share if len(p) else np.zeros(0, dtype=bool)
+    return stats.false_discovery_control(p) <= 1 - LEVEL if len(p) else np.zeros(0, dtype=bool)
 
 
 def place(published: float, mean: float, std: float, n: int) -> float:
@@ -48,10 +49,10 @@ def place(published: float, mean: float, std: float, n: int) -> float:
     return float(stats.t.cdf((published - mean) / (std * math.sqrt(1 + 1 / n)), n - 1))
 
 
-def seeds_needed(mean: float, std: float, low: float, high: float, most: int = 1_000) -> float:
+def seeds_needed(mean: float, std: float, low: float, high: float) -> float:
     """The fewest seeds whose interval would clear the rule's nearest bound, either way, four times in five.
 
-    By the noncentral t distribution, taking the mean and the spread found for the true ones; infinity beyond ``most``.
+    By the noncentral t distribution, with the mean and the spread found as the true ones; infinity beyond MOST_SEEDS.
     """
     if not (math.isfinite(mean) and math.isfinite(std)):
         return math.nan
@@ -62,15 +63,11 @@ def seeds_needed(mean: float, std: float, low: float, high: float, most: int = 1
     def power(n: int) -> float:
         return stats.nct.sf(stats.t.ppf(0.5 + LEVEL / 2, n - 1), n - 1, distance / std * math.sqrt(n))
 
-    few, many = 2, most
-    if not power(many) >= POWER:
+    if not power(MOST_SEEDS) >= POWER:
         # Far beyond, the noncentral t has no figure to give; there the verdict is as good as sure.
         return 2 if distance / std > 20 else math.inf
-    while few < many:  # power grows with n
-        middle = (few + many) // 2
-        found = power(middle)
-        few, many = (few, middle) if found >= POWER or math.isnan(found) else (middle + 1, many)
-    return few
+    seeds = range(2, MOST_SEEDS + 1)  # power grows with them
+    return seeds[bisect.bisect_left(seeds, POWER, key=lambda n: np.nan_to_num(power(n), nan=1.0))]
 
 
 def sampling_error(accuracy: float, images: int) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from helpers.ledger.claims import CLAIMS, SETUPS, Claim, Part
+from helpers.ledger.claims import CLAIMS, SETUPS, Part
 
 VERDICTS = REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_JUDGED = (
     "reproduced", "not reproduced", "inconclusive", "not judged"
@@ -46,15 +46,13 @@ class Missing:
     __array_ufunc__ = _itself
 
 
-def missing(reason: str) -> Missing:
-    """The value of a part that cannot be judged, and why: ``missing("batch 64 is not among batch_sizes")``."""
-    return Missing(reason)
+missing = Missing  # as notebooks call it: ``missing("batch 64 is not among batch_sizes")``
 
 
 class PerSeed(dict):
-    """One figure a seed by setting: ``a[64, 0.01]`` of a series indexed by batch_size, lr and seed, the seed last.
+    """One figure a seed by setting, for ``judge``: ``a = PerSeed(series)``, then ``a[64, 0.01]``.
 
-    A setting that was not run gives ``missing``, with the setting in the reason.
+    series: indexed by the settings and, last, the seed. A setting that was not run gives ``missing``, with the reason.
     """
 
     def __init__(self, series: pd.Series):
@@ -85,20 +83,18 @@ class Ledger:
         self.notebook, self.used, self.rows = notebook, {"dataset": dataset, **used}, []
 
     def judge(self, claim_id: str, measured: Mapping[str, Sequence[float] | Missing], **used: object) -> None:
-        """Judge a claim by its parts.
-
-        ``measured``: by part key one figure a seed, or ``missing(reason)``. KeyError unless the keys are the claim's.
-        ``used``: settings that differ from the ledger's for this claim.
-        """
+        """Judge a claim by its parts: as ``Book.judge``."""
         claim = CLAIMS[claim_id]
         if set(measured) != set(claim.parts):
             raise KeyError(f"{claim_id} is judged by {sorted(claim.parts)}; got {sorted(measured)}")
+        setup = SETUPS[claim.setup]
+        other, reduced = self._differs(setup.must_match, used), self._differs(setup.scale, used)
         for key, part in claim.parts.items():
             given = measured[key]
             values = np.asarray([] if isinstance(given, Missing) else given, dtype=float)
             mean, low, high = interval(values)
-            verdict, why = self._verdict(claim, part, values, low, high, used)
-            counts = not part.exact or not self._differs(SETUPS[claim.setup].scale, used)
+            verdict, why = _verdict(part, values, low, high, other, reduced)
+            counts = not (part.exact and reduced)
             if isinstance(given, Missing):
                 verdict, why, counts = NOT_JUDGED, given.reason, False
             self.rows.append({
@@ -117,26 +113,6 @@ class Ledger:
             if name in used and used[name] != value
         )
 
-    def _verdict(
-        self, claim: Claim, part: Part, values: np.ndarray, low: float, high: float, used: Mapping[str, object]
-    ) -> tuple[str, str]:
-        setup = SETUPS[claim.setup]
-        other, reduced = self._differs(setup.must_match, used), self._differs(setup.scale, used)
-        if other:
-            return INCONCLUSIVE, f"another set-up: {other}"
-        if part.exact and reduced:
-            return INCONCLUSIVE, f"reduced set-up: {reduced}"
-        if len(values) < MIN_SEEDS:
-            return INCONCLUSIVE, f"too few seeds: {len(values)}, and {MIN_SEEDS} are needed"
-        if not np.isfinite(values).all():
-            return INCONCLUSIVE, "a seed diverged"
-        note = f"at a reduced scale: {reduced}" if reduced else ""
-        if part.low <= low and high <= part.high:
-            return REPRODUCED, note
-        if high < part.low or low > part.high:
-            return NOT_REPRODUCED, note
-        return INCONCLUSIVE, "the interval reaches across the rule's bound: more seeds are needed"
-
     def table(self) -> pd.DataFrame:
         """One row per part: the claim, the published figure, ours with its interval, n, the rule and the verdict."""
         return pd.DataFrame(self.rows)
@@ -149,9 +125,21 @@ class Ledger:
         return file
 
 
-def empty() -> pd.DataFrame:
-    """A ledger's table without a row."""
-    return pd.DataFrame(columns=COLUMNS)
+def _verdict(part: Part, values: np.ndarray, low: float, high: float, other: str, reduced: str) -> tuple[str, str]:
+    if other:
+        return INCONCLUSIVE, f"another set-up: {other}"
+    if part.exact and reduced:
+        return INCONCLUSIVE, f"reduced set-up: {reduced}"
+    if len(values) < MIN_SEEDS:
+        return INCONCLUSIVE, f"too few seeds: {len(values)}, and {MIN_SEEDS} are needed"
+    if not np.isfinite(values).all():
+        return INCONCLUSIVE, "a seed diverged"
+    note = f"at a reduced scale: {reduced}" if reduced else ""
+    if part.low <= low and high <= part.high:
+        return REPRODUCED, note
+    if high < part.low or low > part.high:
+        return NOT_REPRODUCED, note
+    return INCONCLUSIVE, "the interval reaches across the rule's bound: more seeds are needed"
 
 
 def read(file: Path) -> pd.DataFrame:
