@@ -183,18 +183,14 @@ def test_spans_draw_a_bar_from_low_to_high_for_each_seed_beside_its_size():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["8", "64"]
 
 
-def test_dots_draw_a_dot_a_row_over_its_category_and_a_colour_per_value():
-    frame = pd.DataFrame({"solution": ["small", "large", "small", "large"], "lr": [1.0, 2, 3, 4], "kind": list("aabb")})
-    for options in ({}, {"by": "kind"}):
-        ax = plots.dots(frame, "solution", "lr", **options)
-        found = np.concatenate([dots.get_offsets() for dots in ax.collections])
-        assert {(round(x), y) for x, y in found} == {(0, 1), (1, 2), (0, 3), (1, 4)} and len(found) == 4
-        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["small", "large"]
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("solution", "learning rate")
-        shades = {y: to_rgba(d.get_facecolors()[i % len(d.get_facecolors())], 1)
-                  for d in ax.collections for i, (_, y) in enumerate(d.get_offsets())}  # fmt: skip
-        assert len(set(shades.values())) == 1 + ("by" in options)
-        assert shades[1] == shades[2] and shades[3] == shades[4]
+def test_dots_draw_a_dot_a_row_over_its_category():
+    frame = pd.DataFrame({"solution": ["small", "large", "small", "large"], "lr": [1.0, 2, 3, 4]})
+    ax = plots.dots(frame, "solution", "lr", color="red")
+    found = np.concatenate([dots.get_offsets() for dots in ax.collections])
+    assert {(round(x), y) for x, y in found} == {(0, 1), (1, 2), (0, 3), (1, 4)} and len(found) == 4
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["small", "large"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("solution", "learning rate")
+    assert {to_rgba(c, 1) for dots in ax.collections for c in dots.get_facecolors()} == {to_rgba("red")}
 
 
 def test_functions_draw_into_the_axes_given_and_return_them():

@@ -143,9 +143,8 @@ def rate_map(frame: pd.DataFrame, value: str, *, text: str = "{:.0f}", ax: Axes 
     table = frame.pivot(index="lr", columns="batch_size", values=value)
     edges = []
     for ticks in (np.log2(table.columns.to_numpy(dtype=float)), np.log2(table.index.to_numpy(dtype=float))):
-        gaps = np.diff(ticks) if len(ticks) > 1 else np.ones(1)
-        middle = (ticks[1:] + ticks[:-1]) / 2
-        edges.append(2 ** np.concatenate([[ticks[0] - gaps[0] / 2], middle, [ticks[-1] + gaps[-1] / 2]]))
+        wider = np.pad(ticks, 1, "reflect", reflect_type="odd") if len(ticks) > 1 else ticks + np.arange(-1, 2)
+        edges.append(2 ** ((wider[1:] + wider[:-1]) / 2))
     low, high = np.nanquantile(table, [0.1, 1.0])
     mesh = ax.pcolormesh(*edges, table.to_numpy(), cmap="crest", vmin=low, vmax=high, edgecolor="white", linewidth=1)
     for (row, column), v in np.ndenumerate(table.to_numpy()):
@@ -175,10 +174,10 @@ def spans(frame: pd.DataFrame, low: str, high: str, *, ax: Axes | None = None) -
     return batch_size_axis(ax, sorted(frame["batch_size"].unique()))
 
 
-def dots(frame: pd.DataFrame, x: str, y: str, *, by: str | None = None, ax: Axes | None = None, **options) -> Axes:
-    """A dot per row over the categories of ``x``, a colour per value of ``by``; ``options`` of seaborn's stripplot."""
+def dots(frame: pd.DataFrame, x: str, y: str, *, ax: Axes | None = None, **options) -> Axes:
+    """A dot per row over the categories of ``x``; ``options`` of seaborn's stripplot."""
     ax = ax or plt.subplots()[1]
-    sns.stripplot(frame, x=x, y=y, hue=by, dodge=by is not None, jitter=0.08, size=6, ax=ax, **options)
+    sns.stripplot(frame, x=x, y=y, jitter=0.08, size=6, ax=ax, **options)
     ax.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
     return ax
 
