@@ -33,7 +33,7 @@ from helpers.sweep.settings import device_type
 from helpers.sweep.store import Store, key_of
 
 _LOOK_AGAIN = 0.5  # seconds between looks at what another process computes
-_WORTH_WORKERS = 1e11  # multiply-adds: with less to do, starting processes takes longer than they save
+_WORTH_WORKERS = 2e11  # multiply-adds: with less to do, starting processes takes longer than they save
 
 
 @dataclass

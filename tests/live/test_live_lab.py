@@ -21,7 +21,7 @@ import pytest
 # One server and one page for the whole module, so one worker for all of it.
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("live_lab")]
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks/10_live_lab.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks/10_live_lab.ipynb"
 RUN_IN_KERNEL = """async ([code, expression]) => {
   const kernel = panel.sessionContext.session.kernel;
   const future = kernel.requestExecute({code, store_history: false, user_expressions: {value: expression}});

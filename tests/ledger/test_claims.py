@@ -11,7 +11,7 @@ from helpers.ledger import claims, rules
 from helpers.ledger.claims import CLAIMS, SETUPS, Claim, Part
 from helpers.ledger.rules import INCONCLUSIVE, NOT_JUDGED, NOT_REPRODUCED, REPRODUCED, Ledger, missing
 
-REFERENCE = Path(__file__).parents[1] / "outputs" / "reference" / "claims.csv"
+REFERENCE = Path(__file__).parents[2] / "outputs" / "reference" / "claims.csv"
 
 EXACT = {"dataset": "mnist", "num_train": 60_000, "epochs": 30, "lr": 0.01, "batch_sizes": [64, 256, 1024]}
 
