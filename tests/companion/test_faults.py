@@ -210,7 +210,10 @@ def test_kill_9_of_a_worker(project, tmp_path, store_folder, moment):
     assert_results_equal_serial(out, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in ("SIGTERM", "SIGHUP")]  # handled as SIGINT is
+
+
+@pytest.mark.parametrize("name", ["SIGINT", *SOAK])
 def test_ctrl_c_a_termination_and_a_closed_terminal_stop_it_within_5_seconds(
     name, project, tmp_path, store_folder, moment
 ):

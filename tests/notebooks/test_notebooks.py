@@ -120,7 +120,13 @@ def test_plain_papermill_works_from_any_folder(tmp_path):
     notebook = parameters.notebooks()["00_start_here"]
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", "-k", "python3"]
     command += ["-p", "lr", "0.05", "-p", "epochs", "2", "-p", "output_dir", "."]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for last in (False, True):  # nbclient leaves one such execution in some hundreds without an end (see companion.run)
+        try:
+            subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=150)
+            break
+        except subprocess.TimeoutExpired:
+            if last:
+                raise
     assert (tmp_path / "figures" / "00_start_here.png").exists()
 
 
