@@ -111,7 +111,8 @@ def plan(
             )
             values = {name: planned.parameters[name] for name in values}
             complete = {**parameters.defaults(planned.path), **planned.parameters}
-            key = key_of({"notebook": _sha256(planned.path), "code": code, "parameters": complete})
+            own = Path(str(complete.get("problem", "")).partition(":")[0].replace(".", "/") + ".py")
+            key = key_of({"notebook": _sha256(planned.path), "code": code + _sha256(own), "parameters": complete})
             points.setdefault(key, Point(_name(values), values, planned, key))
     times = collections.Counter(point.name for point in points.values())
     for point in points.values():

@@ -260,3 +260,14 @@ def test_clean_says_what_can_go_and_removes_it_only_when_told(store_folder, monk
 def test_a_notebook_is_executed_by_the_python_that_reruns_it(done):
     record = json.loads((done[1] / "rerun.json").read_text())
     assert record["python"] == sys.version.split()[0] and record["request"]["jobs"] == 2
+
+
+def test_a_point_counts_the_module_of_a_problem_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parameters, "examples_of", lambda problem: 1_200)
+    keys = []
+    for text in ("problem = 1", "problem = 1", "problem = 2"):
+        (tmp_path / "my_module.py").write_text(text)
+        (point,) = grid.plan("05", [{}], "quick", "digits", given={"problem": "my_module:problem"})
+        keys.append(point.key)
+    assert keys[0] == keys[1] != keys[2]
