@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 
 from helpers import plots
 from helpers.ledger import rules
-from helpers.ledger.rules import Missing, missing
+from helpers.ledger.rules import missing
 
-__all__ = ["Book", "Missing", "missing"]
+__all__ = ["Book", "missing"]
 PROJECT = Path(__file__).resolve().parents[2]
 
 

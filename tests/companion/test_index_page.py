@@ -6,10 +6,10 @@ import pytest
 
 from companion import run
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.xdist_group("index_page")]  # one run for all
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("browser") / "out"
     with pytest.MonkeyPatch.context() as patch:

@@ -14,10 +14,10 @@ from PIL import Image
 from companion import cli, pages, parameters, publish, report, run
 from helpers.ledger import claims, rules
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report")]  # one run of two notebooks for all
+pytestmark = pytest.mark.slow  # a run of two notebooks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "out"
     with pytest.MonkeyPatch.context() as patch:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 # One server and one page for the whole module, so one worker for all of it.
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("live_lab")]
+pytestmark = pytest.mark.browser
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks/10_live_lab.ipynb"
 RUN_IN_KERNEL = """async ([code, expression]) => {

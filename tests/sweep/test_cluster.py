@@ -22,7 +22,7 @@ from helpers.sweep import settings as of_runs
 from helpers.sweep.store import Store
 
 distributed = pytest.importorskip("distributed", reason="the extra 'cluster' is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.slow
 DASK = [str(Path(sys.executable).parent / "dask")]
 SETTINGS = sweep.grid({"dataset": "digits", "model": "small_mlp", "epochs": 20, "lr": 0.1}, batch_size=[4, 5, 6, 7])
 

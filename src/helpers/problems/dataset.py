@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-class Dataset:
+class Dataset(abc.ABC):
     """Training and test examples. ``Dataset.of`` takes tensors, ``Dataset.of_map`` a map-style dataset.
 
     ``batch(indices, split)`` gives the inputs and targets of some examples; ``fingerprint`` identifies the content.
@@ -92,9 +93,9 @@ class Dataset:
         """Count the examples of ``"train"`` or ``"test"``."""
         return self.num_train if split == "train" else self.num_test
 
+    @abc.abstractmethod
     def batch(self, indices: torch.Tensor, split: str = "train") -> tuple[Any, Any]:
         """Return inputs and targets of the examples ``indices``, int64 ``(n,)``."""
-        raise NotImplementedError
 
     @property
     def description(self) -> str:

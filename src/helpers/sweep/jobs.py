@@ -62,7 +62,10 @@ def execute(todo: list[Job], jobs: int | None, store: Store) -> None:
     if not todo:
         return
     address = cluster.address()
-    asked = jobs or int(os.environ.get("COMPANION_JOBS") or 0)  # by ``companion run --jobs``
+    asked = os.environ.get("COMPANION_JOBS") or "0"  # by ``companion run --jobs``
+    if not asked.isdigit():
+        raise ValueError(f"$COMPANION_JOBS is {asked!r}; expected a whole number of processes")
+    asked = jobs or int(asked)
     jobs = asked or (joblib.cpu_count() if device_type() == "cpu" else 1)
     workers = min(len(todo), jobs) if sum(job.work for job in todo) > _WORTH_WORKERS else 1
     todo = sorted(todo, key=lambda job: -job.work)
