@@ -334,3 +334,12 @@ def test_a_histogram_leaves_out_values_that_are_not_finite():
     counts = [patch.get_xy() for patch in plots.histograms(frame, "x", by="batch_size", bins=2).patches]
     assert len(counts) == 2
     assert len(plots.histograms(frame[2:], "x", by="batch_size").patches) == 0
+
+
+def test_a_headline_longer_than_its_figure_is_wrapped_within_it(tmp_path):
+    fig, _ = plt.subplots(1, 2, figsize=(12, 4.8))
+    plots.headline(fig, "Early norm: 0.616 at batch 1 and 0.895 at batch 64; " * 3)
+    plots.save(fig, "01_long", tmp_path, "a caption")
+    box = fig._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= fig.bbox.width
+    assert "\n" not in Image.open(tmp_path / "figures/01_long.png").info["Title"]

@@ -228,7 +228,7 @@ def session(curves: pd.DataFrame, moves: pd.DataFrame, *, x: str = "examples_see
 
 def headline(fig: Figure, text: str) -> None:
     """The finding of a figure with several panels, above them."""
-    fig.suptitle(text, x=0.01, ha="left", fontweight="bold")
+    fig.suptitle(textwrap.fill(text, int(8 * fig.get_figwidth())), x=0.01, ha="left", fontweight="bold")
 
 
 def save(figure: Axes | Figure, name: str, folder: str | Path, caption: str) -> Figure:
@@ -241,7 +241,8 @@ def save(figure: Axes | Figure, name: str, folder: str | Path, caption: str) -> 
         ax.set_title(textwrap.fill(ax.get_title(loc="left"), max(12, int(12.5 * width))), loc="left")
     file = Path(folder) / "figures" / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    title = next((t for t in [fig.get_suptitle(), *(a.get_title(loc="left") for a in fig.axes)] if t), name)
-    fig.savefig(file.with_name(f"{name}.png"), metadata={"Title": title.replace("\n", " "), "Description": caption})
+    titles = [fig.get_suptitle(), *(a.get_title(loc="left") for a in fig.axes)]
+    title = next((t for t in titles if t), name).replace("\n", " ")
+    fig.savefig(file.with_name(f"{name}.png"), metadata={"Title": title, "Description": caption})
     fig.savefig(file.with_name(f"{name}.svg"), metadata={"Date": None, "Title": title})
     return fig
