@@ -193,12 +193,11 @@ def _files_of_a_run(folder: Path):
 @CLUSTER
 def verify(jobs: int | None, cluster: str | None) -> None:
     """Train the cheap part of the committed reference again: does this machine agree within the intervals?"""
+    from companion import executor, verify
     from companion import report as reports
-    from companion import run as runs
-    from companion import verify
 
     with _one_line_errors(), _files_of_a_run(reports.REFERENCE):
-        os.environ.update(runs.environment_of([], jobs, cluster, None))
+        os.environ.update(executor.environment_of([], jobs, cluster, None))
         found = verify.compare(reports.REFERENCE, say=_say)
         _say(found.round({"p": 3}).to_string(index=False))
         agree = int(found["agrees"].sum())

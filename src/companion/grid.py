@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -18,9 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from companion import pages, parameters, run
+from companion import executor, pages, parameters
 from companion.parameters import BadInput, Planned
 from helpers.sweep.store import key_of
 
@@ -30,16 +27,6 @@ MOST_POINTS = 10_000
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 Grid = dict[str, list[object]]
-
-
-@dataclass
-class Point:
-    """One execution of a rerun: its values from the grid, and the notebook planned with them."""
-
-    name: str
-    values: dict[str, object]
-    planned: Planned
-    key: str  # identifies everything its outcome depends on
 
 
 def parse_grids(texts: Sequence[str]) -> list[Grid]:
@@ -97,27 +84,28 @@ def plan(
     *,
     given: Mapping[str, object] | None = None,
     folder: Path = parameters.NOTEBOOKS,
-) -> list[Point]:
+) -> list[Planned]:
     """A point for each combination of values, all checked; equal points are one. Raises BadInput; starts nothing."""
     if sum(math.prod(len(values) for values in grid.values()) for grid in grids) > MOST_POINTS:
         raise BadInput(f"the grid has more than {MOST_POINTS:,} points; split it, or leave values out")
-    points: dict[str, Point] = {}
-    code = _code()
+    points: dict[str, Planned] = {}
+    code, sha256 = _code(), functools.cache(_sha256)
     for grid in grids:
         for combination in itertools.product(*grid.values()):
             values = dict(zip(grid, combination))
-            (planned,) = parameters.plan(
+            (point,) = parameters.plan(
                 profile, dataset, only=[notebook], given={**(given or {}), **values}, folder=folder
             )
-            values = {name: planned.parameters[name] for name in values}
-            complete = {**parameters.defaults(planned.path), **planned.parameters}
+            point.values = {name: point.parameters[name] for name in values}
+            complete = {**parameters.defaults(point.path), **point.parameters}
             own = Path(str(complete.get("problem", "")).partition(":")[0].replace(".", "/") + ".py")
-            key = key_of({"notebook": _sha256(planned.path), "code": code + _sha256(own), "parameters": complete})
-            points.setdefault(key, Point(_name(values), values, planned, key))
-    times = collections.Counter(point.name for point in points.values())
+            point.key = key_of({"notebook": sha256(point.path), "code": code + sha256(own), "parameters": complete})
+            point.label = _name(point.values)
+            points.setdefault(point.key, point)
+    times = collections.Counter(point.label for point in points.values())
     for point in points.values():
-        if times[point.name] > 1:
-            point.name += f"-{point.key[:8]}"
+        if times[point.label] > 1:
+            point.label += f"-{point.key[:8]}"
     return list(points.values())
 
 
@@ -176,122 +164,58 @@ def rerun(
 
     Raises BadInput, with nothing written, for a request that cannot be run.
     """
+    import nbformat
+
     points, real, note = parameters.on_dataset(
         request.profile,
         request.dataset,
         lambda name: plan(request.notebook, request.grids, request.profile, name, given=request.given, folder=folder),
     )
-    planned = [point.planned for point in points]
-    jobs = (os.cpu_count() or 1) if request.jobs is None else request.jobs
-    side_by_side = max(1, min(len(points), jobs))
-    for_each = max(1, jobs // side_by_side) if jobs > 0 else jobs
-    environment = run.environment_of(planned, for_each, None if dry else request.cluster, request.timeout)
+    source = points[0].path
+    environment = executor.environment_of(points, request.jobs, None if dry else request.cluster, request.timeout)
     if dry:
-        say("\n".join(point.name for point in points))
-        say(f"\n{len(points)} × {planned[0].name}, {request.profile} on {real}")
+        say("\n".join(point.label for point in points))
+        say(f"\n{len(points)} × {source.stem}, {request.profile} on {real}")
         return 0
     if resume:
         out = Path(out).absolute()
         note = note or record(out)["note"]
     else:
-        default = f"{time.strftime('%Y-%m-%d_%H%M%S')}-{planned[0].name}"
-        out = run.new_folder(out, parameters.OUTPUTS / "reruns" / default)
-    # A rerun goes on with the dataset it began with, also where "auto" would choose another by then.
-    about = {**run.machine(), "note": note, "dataset": real, "request": asdict(replace(request, dataset=real))}
-    with _alone(out):
-        return _run(points, out, environment, side_by_side, request.timeout, about, say)
+        default = f"{time.strftime('%Y-%m-%d_%H%M%S')}-{source.stem}"
+        out = executor.new_folder(out, parameters.OUTPUTS / "reruns" / default)
+    about = {
+        # A rerun goes on with the dataset it began with, also where "auto" would choose another by then.
+        **executor.machine(), "note": note, "dataset": real, "request": asdict(replace(request, dataset=real)),
+        "notebook": source.stem, "profile": request.profile,
+        "points": [{"name": p.label, "values": p.values, "key": p.key} for p in points],
+    }  # fmt: skip
+    with executor.alone(out):
+        # All points execute one copy, so that the notebook may be edited meanwhile.
+        copy = pages.write(out / source.name, source.read_bytes())
+        notebook = nbformat.read(copy, as_version=4)
+        about["title"] = pages.title(notebook)
+        about["main_figure"] = notebook.metadata.get("companion", {}).get("main_figure", "")
+        pages.write(out / "rerun.json", json.dumps(about, indent=1))
+        for point in points:
+            point.path, point.folder = copy, out / "points" / point.label
+            found = _record_of(point.key, point.folder)
+            if found["status"] == "ok" and found["sha256"] == _sha256(point.folder / f"{point.name}.ipynb"):
+                point.status, point.seconds = "ok", found["seconds"]
+        say(f"{len(points)} × {source.stem}, {request.profile} on {real}")
+        return executor.execute(
+            points, out, environment, note=note, timeout=request.timeout, record=_record, say=say,
+            finish=lambda seconds: collect(points, out, about),
+            go_on=f"To go on:\ncompanion rerun --resume --out {shlex.quote(str(out))}",
+        )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _alone(out: Path):
-    """Hold the folder for this process: the system frees the lock when the process ends, however it ends."""
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise BadInput(f"another rerun is at work in {out}; `companion status {out}` shows its progress") from None
-
-
-def _run(points, out, environment, side_by_side, timeout, about, say) -> int:
-    import nbformat
-
-    items = [point.planned for point in points]
-    for point in points:
-        found = _record_of(point.key, out / "points" / point.name)
-        executed = out / "points" / point.name / f"{point.planned.name}.ipynb"
-        if found["status"] == "ok" and found["sha256"] == _sha256(executed):
-            point.planned.status, point.planned.seconds = "ok", found["seconds"]
-    title = pages.title(nbformat.read(items[0].path, as_version=4))
-    about = {**about, "notebook": items[0].name, "title": title, "profile": about["request"]["profile"]}
-    about["points"] = [{"name": p.name, "values": p.values, "key": p.key} for p in points]
-    # All points execute one copy, so that the notebook may be edited meanwhile.
-    copy = pages.write(out / items[0].path.name, items[0].path.read_bytes())
-    pages.write(out / "rerun.json", json.dumps(about, indent=1))
-    say(f"{len(points)} × {items[0].name}, {side_by_side} side by side, into {out}")
-    if about["note"]:
-        say(about["note"])
-    waiting = [point for point in points if point.planned.status != "ok"]
-    if len(waiting) < len(points):
-        say(f"{len(points) - len(waiting)} of them are finished there already")
-    try:
-        with _progress(items, say) as ended, concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
-            calls = [pool.submit(_execute, point, copy, out, environment, timeout) for point in waiting]
-            try:
-                for call in concurrent.futures.as_completed(calls):
-                    ended(call.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BaseException:
-        ok = sum(item.status == "ok" for item in items)
-        kept = f"{ok} of {len(points)} notebooks and every finished training are kept"
-        say(f"\nstopped: {kept}. To go on:\ncompanion rerun --resume --out {shlex.quote(str(out))}")
-        raise
-    finally:
-        collect(points, out, about)
-    ok = sum(item.status == "ok" for item in items)
-    say(f"{ok} of {len(points)} ok. Open:\n{out / 'index.html'}")
-    return 0 if ok == len(points) else 1
-
-
-def _execute(point: Point, notebook: Path, out: Path, environment: Mapping[str, str], timeout: int | None) -> Point:
-    """Execute one point in its folder, emptied of an earlier execution; ``point.json`` records the outcome."""
-    folder, item = out / "points" / point.name, point.planned
-    item.path, item.status = notebook, "running"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        pages.write(folder / "point.json", json.dumps({**_WAITING, "key": point.key, "status": "running"}))
-        with (folder / "log.txt").open("w", encoding="utf-8") as log:
-            threads = {"OMP_NUM_THREADS": environment["COMPANION_JOBS"]}
-            run.execute(item, folder, {**environment, **threads}, timeout, log)
-        outcome = {"key": point.key, "status": item.status, "error": item.error, "seconds": round(item.seconds, 1)}
-        outcome["sha256"] = _sha256(folder / f"{item.name}.ipynb")
-        pages.write(folder / "point.json", json.dumps(outcome))
-    except OSError as error:
-        item.status, item.error = "FAILED", f"{error.strerror or error}"
-    return point
-
-
-@contextlib.contextmanager
-def _progress(items: Sequence[Planned], say: Callable[[str], None]):
-    """A function that reports an ended point: in a line, and in a terminal above a bar with the time left."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console()
-    columns = (progress.MofNCompleteColumn(), progress.BarColumn(), progress.TimeElapsedColumn(),
-               progress.TextColumn("left"), progress.TimeRemainingColumn())  # fmt: skip
-    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(items), completed=sum(item.status == "ok" for item in items))
-
-        def ended(point: Point) -> None:
-            bar.advance(task)
-            item = point.planned
-            line = f"[{bar.tasks[0].completed}/{len(items)}] {point.name}: {item.status}, {item.seconds:.0f} s"
-            line += f": {item.error}" if item.error else ""
-            console.print(line, markup=False, highlight=False) if console.is_terminal else say(line)
-
-        yield ended
+def _record(point: Planned) -> None:
+    """Write ``point.json``, into a folder that is emptied of an earlier execution when the point begins."""
+    if point.status == "running":
+        shutil.rmtree(point.folder, ignore_errors=True)
+    outcome = {"key": point.key, "status": point.status, "error": point.error, "seconds": round(point.seconds, 1)}
+    outcome["sha256"] = _sha256(point.folder / f"{point.name}.ipynb")
+    pages.write(point.folder / "point.json", json.dumps(outcome))
 
 
 _WAITING = {"key": "", "status": "waiting", "error": "", "seconds": 0.0, "sha256": ""}
@@ -326,7 +250,7 @@ def status(out: Path) -> dict[str, object]:
     """The record of a rerun, with the present status of each point. Raises BadInput for a folder without one."""
     about = record(out)
     try:
-        with _alone(out):
+        with executor.alone(out):
             about["at_work"] = False
     except BadInput:
         about["at_work"] = True
@@ -337,22 +261,22 @@ def status(out: Path) -> dict[str, object]:
     return about
 
 
-def collect(points: Sequence[Point], out: Path, about: Mapping[str, object]) -> None:
-    """Write ``results.parquet``, ``claims.csv`` and the comparison page of all finished points."""
+def collect(points: Sequence[Planned], out: Path, about: Mapping[str, object]) -> Path:
+    """Write ``results.parquet``, ``claims.csv`` and the comparison page of all finished points; returns the page."""
     import pandas as pd
 
     from helpers.ledger import rules
 
     tables, ledgers, verdicts = [], [], {}
-    for point in (point for point in points if point.planned.status == "ok"):
-        folder = out / "points" / point.name
+    for point in (point for point in points if point.status == "ok"):
         given = {f"grid_{name}": str(v) if isinstance(v, list) else v for name, v in point.values.items()}
-        for file in sorted((folder / "tables").glob("*.parquet")):
-            tables.append(pd.read_parquet(file).assign(point=point.name, table=file.stem, **given))
-        for file in sorted((folder / "claims").glob("*.csv")):
-            ledgers.append(rules.read(file).assign(point=point.name, **given))
-            verdicts[point.name] = rules.summary(ledgers[-1]).set_index("claim")["verdict"].to_dict()
-    pages.write(out / "index.html", pages.render("compare.html.j2", about=about, **_laid_out(points, out, verdicts)))
+        for file in sorted((point.folder / "tables").glob("*.parquet")):
+            tables.append(pd.read_parquet(file).assign(point=point.label, table=file.stem, **given))
+        for file in sorted((point.folder / "claims").glob("*.csv")):
+            ledgers.append(rules.read(file).assign(point=point.label, **given))
+            verdicts[point.label] = rules.summary(ledgers[-1]).set_index("claim")["verdict"].to_dict()
+    page = pages.render("compare.html.j2", about=about, **_laid_out(points, verdicts, about["main_figure"]))
+    pages.write(out / "index.html", page)
     for name in ("results.parquet", "claims.csv"):
         (out / name).unlink(missing_ok=True)  # of an earlier execution
     if tables:
@@ -362,34 +286,24 @@ def collect(points: Sequence[Point], out: Path, about: Mapping[str, object]) -> 
         results.to_parquet(out / "results.parquet", index=False)
     if ledgers:
         pd.concat(ledgers, ignore_index=True).to_csv(out / "claims.csv", index=False)
+    return out / "index.html"
 
 
-def _laid_out(points: Sequence[Point], out: Path, verdicts: Mapping[str, Mapping[str, str]]) -> dict[str, object]:
+def _laid_out(points: Sequence[Planned], verdicts: Mapping[str, Mapping[str, str]], main: str) -> dict[str, object]:
     """The points as sections of a table: the last varied parameter across, the one before it down."""
     names = list(dict.fromkeys(name for point in points for name in point.values))
     varied = [n for n in names if len({str(p.values.get(n)) for p in points}) > 1] or names[:1]
     across, down, rest = varied[-1:], varied[-2:-1], varied[:-2]
 
-    def say(point: Point, chosen: Sequence[str]) -> str:
+    def say(point: Planned, chosen: Sequence[str]) -> str:
         return ", ".join(f"{name} = {point.values.get(name, '–')}" for name in chosen)
 
     sections: dict[str, dict[str, dict[str, dict[str, object]]]] = {}
     for point in points:
-        cell = {"point": point, "figure": _main_figure(point, out), "verdicts": verdicts.get(point.name, {})}
+        figures = pages.figures(point.folder, point.name) if point.status == "ok" else []
+        figure = next((one for one in figures if one["name"] == main), next(iter(figures), None))
         rows = sections.setdefault(say(point, rest), {})
-        rows.setdefault(say(point, down), {})[say(point, across)] = cell
+        rows.setdefault(say(point, down), {})[say(point, across)] = {"point": point, "figure": figure}
     claimed = sorted({claim for one in verdicts.values() for claim in one})
     return {"sections": sections, "columns": list(dict.fromkeys(say(p, across) for p in points)), "claims": claimed,
             "points": points, "verdicts": verdicts, "fixed": [n for n in names if n not in varied]}  # fmt: skip
-
-
-def _main_figure(point: Point, out: Path) -> dict[str, str] | None:
-    """The figure that the notebook's metadata names as its main one, else its first; by its path from the page."""
-    import nbformat
-
-    figures = pages.figures(out / "points" / point.name, point.planned.name) if point.planned.status == "ok" else []
-    if not figures:
-        return None
-    main = nbformat.read(point.planned.path, as_version=4).metadata.get("companion", {}).get("main_figure")
-    figure = next((one for one in figures if one["name"] == main), figures[0])
-    return {**figure, "path": f"points/{point.name}/figures/{figure['name']}.png"}

@@ -17,7 +17,7 @@ import reprlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -45,6 +45,11 @@ class Planned:
     name: str
     path: Path
     parameters: dict[str, object]
+    label: str  # its name, or that of a grid's point
+    minutes: float = 0.0  # about how long it takes at laptop scale, by its own metadata
+    folder: Path = Path()  # where it is executed
+    values: dict[str, object] = field(default_factory=dict)  # those of a grid's point
+    key: str = ""  # of a grid's point: identifies everything that its outcome depends on
     status: str = "waiting"  # then running; then ok, FAILED or stopped
     error: str = ""
     seconds: float = 0.0
@@ -60,10 +65,15 @@ def notebooks(folder: Path = NOTEBOOKS) -> dict[str, Path]:
 
 
 @functools.cache
+def _read(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def defaults(path: Path) -> dict[str, object]:
     """The parameters of a notebook with their default values, from its parameters cell. Raises BadInput without one."""
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        cells = _read(path)["cells"]
         (source,) = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
         return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(source).body}
     except (ValueError, SyntaxError, LookupError, AttributeError) as error:
@@ -113,7 +123,8 @@ def plan(
         values |= given | {"profile": profile}
         values = {k: _typed(f"{name}: {k}", v, own[k]) for k, v in values.items() if k in own}
         check(name, own | values, folder)
-        planned.append(Planned(name, found[name], values))
+        minutes = _read(found[name])["metadata"].get("companion", {}).get("minutes", 0.0)
+        planned.append(Planned(name, found[name], values, name, minutes))
     return planned
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from companion import cli, grid, parameters
+from companion import cli, executor, grid, parameters
 from companion.grid import Request
 
 FRAME = """
@@ -93,12 +93,12 @@ def test_what_is_no_grid_is_refused_in_one_line_and_nothing_is_written(texts, me
 
 def test_equal_points_are_one_and_names_say_the_values(folder):
     points = grid.plan("01", [{"lr": [0.1, 0.10, 1e-4], "sizes": [[1, 2]]}, {"lr": [0.1]}], "quick", "x", folder=folder)
-    assert [p.name for p in points] == ["lr=0.1,sizes=1-2", "lr=0.0001,sizes=1-2"]
+    assert [p.label for p in points] == ["lr=0.1,sizes=1-2", "lr=0.0001,sizes=1-2"]
 
 
 def test_names_that_would_be_the_same_are_told_apart(folder):
     points = grid.plan("01", [{"lr": [0.1234567, 0.12345671]}], "quick", "x", folder=folder)
-    assert len({p.name for p in points}) == 2 and all(p.name.startswith("lr=0.123457-") for p in points)
+    assert len({p.label for p in points}) == 2 and all(p.label.startswith("lr=0.123457-") for p in points)
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +193,9 @@ def test_status_shows_every_point_and_the_command_that_goes_on(done):
 @pytest.mark.slow
 def test_a_second_rerun_into_a_folder_at_work_is_refused(done):
     folder, out, _ = done
-    with grid._alone(out):
+    with executor.alone(out):
         assert grid.status(out)["at_work"]
-        with pytest.raises(parameters.BadInput, match="another rerun is at work"):
+        with pytest.raises(parameters.BadInput, match="another run is at work"):
             grid.rerun(grid.record(out)["request"], out=out, resume=True, folder=folder)
     assert not grid.status(out)["at_work"]
 

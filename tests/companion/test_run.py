@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from companion import cli, pages, parameters, run
+from companion import cli, executor, pages, parameters, run
 from helpers.problems import DataError, builtin
 
 COMPANION = [sys.executable, "-c", "from companion.cli import main; main()"]
@@ -212,7 +212,7 @@ def test_what_fails_in_a_live_lab_fails_the_run(folder, tmp_path):
 
 
 def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path):
-    found = [run.new_folder(None, tmp_path / "runs" / "now") for _ in range(3)]
+    found = [executor.new_folder(None, tmp_path / "runs" / "now") for _ in range(3)]
     assert [folder.name for folder in found] == ["now", "now-2", "now-3"] and all(folder.is_dir() for folder in found)
 
 
@@ -220,7 +220,10 @@ def test_relative_folders_of_data_and_store_stay_where_the_user_is(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COMPANION_STORE", "mine")
     monkeypatch.delenv("COMPANION_DATA", raising=False)
-    assert run.environment_of([], 2, None, None) == {"COMPANION_STORE": str(tmp_path / "mine"), "COMPANION_JOBS": "2"}
+    assert executor.environment_of([], 2, None, None) == {
+        "COMPANION_STORE": str(tmp_path / "mine"),
+        "COMPANION_JOBS": "2",
+    }
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from companion import grid, run
+from companion import executor, grid
 from companion.parameters import BadInput
 from helpers import Dataset, Net, Problem, sweep
 from helpers.sweep import cluster
@@ -170,5 +170,5 @@ def test_another_version_of_the_numerics_is_refused(workers, monkeypatch):
 def test_an_address_without_a_scheduler_is_refused_in_one_line(address, message, monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE", 1.0)
     with pytest.raises(BadInput, match=re.escape(message)) as raised:
-        run.environment_of([], 1, address, None)
+        executor.environment_of([], 1, address, None)
     assert len(str(raised.value).splitlines()) == 1

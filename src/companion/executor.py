@@ -1,0 +1,330 @@
+"""The executor: notebooks side by side, the longest first, each in a kernel of its own and with a log of its own."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import datetime
+import html
+import importlib.metadata
+import itertools
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from filelock import FileLock, Timeout
+
+from companion import pages, parameters
+from companion.parameters import BadInput, Planned
+from helpers.sweep import processes
+
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "papermill", "jupyterlab")
+LOUD = "!" * 100
+
+
+def environment_of(
+    planned: Sequence[Planned], jobs: int | None, cluster: str | None, timeout: int | None
+) -> dict[str, str]:
+    """The environment variables of kernels: the one place that sets them. Raises BadInput.
+
+    Kernels run in their output folder, so folders become absolute here.
+    """
+    for name, value in (("jobs", jobs), ("timeout", timeout)):
+        if value is not None and value < 1:
+            raise BadInput(f"{name} is {value}; expected at least 1")
+    environment = {
+        k: str(Path(v).absolute()) for k in ("COMPANION_STORE", "COMPANION_DATA") if (v := os.environ.get(k))
+    }
+    if jobs is not None:
+        environment["COMPANION_JOBS"] = str(jobs)
+    if cluster is not None:
+        from helpers.sweep.cluster import ClusterError, device_type
+
+        try:
+            device_type(cluster)
+        except ClusterError as error:
+            raise BadInput(str(error)) from None
+        environment["COMPANION_CLUSTER"] = cluster
+    if any(item.parameters.get("problem") for item in planned):
+        environment |= parameters.import_path()
+    return environment
+
+
+def machine() -> dict[str, object]:
+    """The time and the machine, for the record of a run."""
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores", "cores": os.cpu_count(),
+        "python": platform.python_version(), "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+    }  # fmt: skip
+
+
+def new_folder(out: str | Path | None, default: Path) -> Path:
+    """Make the folder ``out``, or a new one named like ``default``. Raises BadInput for one that cannot be used."""
+    try:
+        if out is None:  # two runs may begin within a second
+            names = (default.with_name(f"{default.name}-{number}") for number in itertools.count(2))
+            out = next(folder for folder in itertools.chain([default], names) if _made(folder))
+        out = Path(out).absolute()
+        if out.exists() and any(out.iterdir()):
+            resume = f", or continue it: companion rerun --resume --out {out}" if (out / "rerun.json").exists() else ""
+            raise BadInput(f"{out} is not empty; choose a new folder with --out{resume}")
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise BadInput(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def alone(out: Path):
+    """Hold the folder for this process: the system frees the lock when the process ends, however it ends."""
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise BadInput(f"another run is at work in {out}; choose another folder, or wait for its end") from None
+
+
+def execute(
+    items: Sequence[Planned],
+    out: Path,
+    environment: Mapping[str, str],
+    *,
+    note: str = "",
+    timeout: int | None = None,
+    record: Callable[[Planned], None] = lambda item: None,
+    finish: Callable[[float], Path],
+    go_on: str,
+    say: Callable[[str], None],
+) -> int:
+    """Execute notebooks side by side, the longest first; returns 0, or 1 where one failed (the others still run).
+
+    items: each is executed into its ``folder`` and gets the outcome; one that is "ok" already is left alone.
+    environment: variables of the kernels. Of its ``COMPANION_JOBS`` processes, by default one a core, as many as there
+        are notebooks execute one each, and what is left over trains within each.
+    note: said before and after.
+    timeout: seconds that one cell may take.
+    record: called when an item has begun, and when it has ended.
+    finish: called with the seconds that it took, however it ends; returns the page of the results.
+    go_on: how to go on after an interrupt.
+    """
+    import joblib
+
+    waiting = sorted((item for item in items if item.status != "ok"), key=lambda item: -item.minutes)
+    jobs = int(environment.get("COMPANION_JOBS", joblib.cpu_count()))
+    side_by_side = max(1, min(len(waiting), jobs))
+    share = str(jobs // side_by_side)
+    environment = {**environment, "COMPANION_JOBS": share, "OMP_NUM_THREADS": share}
+    say(f"{len(items)} to execute, {side_by_side} side by side, into {out}")
+    if note:
+        say(f"\n{LOUD}\n{note}\n{LOUD}\n")
+    if len(waiting) < len(items):
+        say(f"{len(items) - len(waiting)} of them are finished there already")
+    processes.interrupted.clear()
+    progress = _Progress(items, say)
+    try:
+        with progress.shown(), concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
+            calls = [pool.submit(_one, item, environment, timeout, record, progress) for item in waiting]
+            try:
+                for call in concurrent.futures.as_completed(calls):
+                    progress.ended(call.result())
+            except BaseException:
+                processes.interrupted.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                begun = [call for call in calls if not call.cancelled()]
+                while concurrent.futures.wait(begun, timeout=0.2).not_done:  # one may just have started its kernel
+                    processes.end_children()
+                raise
+    except KeyboardInterrupt:
+        say(f"\nstopped: {_ok(items)} of {len(items)} notebooks and every finished training are kept. {go_on}")
+        raise
+    finally:
+        page = finish(progress.seconds)
+    say(f"{note}\n{_ok(items)} of {len(items)} ok in {progress.seconds:.0f} s. Open:\n{page}")
+    return 0 if _ok(items) == len(items) else 1
+
+
+def _ok(items: Sequence[Planned]) -> int:
+    return sum(item.status == "ok" for item in items)
+
+
+class _Progress:
+    """A line as each notebook begins and ends, with the time left; in a terminal, those at work stand below."""
+
+    def __init__(self, items: Sequence[Planned], say: Callable[[str], None]):
+        self.items, self.say, self.started = items, say, time.perf_counter()
+        self.alone = len(items) == 1  # its own progress bars are shown; those of several would be jumbled
+        self.before = self._weight("ok")
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def _weight(self, *statuses: str) -> float:
+        return sum(item.minutes or 1.0 for item in self.items if item.status in statuses)
+
+    def shown(self):
+        """The context in which the present state stands below all lines, where a terminal shows it."""
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console()
+        if self.alone or not console.is_terminal:
+            return contextlib.nullcontext()
+        return Live(self, console=console, refresh_per_second=1, transient=True)
+
+    def __rich__(self):
+        from rich.text import Text
+
+        at_work = ", ".join(item.label for item in self.items if item.status == "running")
+        return Text(f"{self} {at_work}", no_wrap=True, overflow="ellipsis")
+
+    def __str__(self) -> str:
+        done = self._weight("ok", "FAILED") - self.before
+        left = self.seconds * self._weight("waiting", "running") / done if done else 0.0
+        ended = sum(item.status in ("ok", "FAILED") for item in self.items)
+        times = [datetime.timedelta(seconds=round(s)) for s in (self.seconds, left)]
+        return f"[{ended}/{len(self.items)}, {times[0]}" + f", about {times[1]} left" * (left > 0) + "]"
+
+    def begun(self, item: Planned) -> None:
+        self.say(f"{item.label}: started")
+
+    def ended(self, item: Planned) -> None:
+        self.say(
+            f"{self} {item.label}: {item.status}, {item.seconds:.0f} s: {item.error or _verdicts(item)}".rstrip(": ")
+        )
+
+
+def _verdicts(item: Planned) -> str:
+    from helpers.ledger import rules
+
+    file = item.folder / "claims" / f"{item.name}.csv"
+    counts = rules.summary(rules.read(file))["verdict"].value_counts() if file.exists() else {}
+    return ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+
+
+def _one(item: Planned, environment: Mapping[str, str], timeout: int | None, record, progress: _Progress) -> Planned:
+    """Execute one notebook into its folder, as .ipynb and .html; a partial copy is kept where it fails."""
+    item.status, item.error, started = "running", "", time.perf_counter()
+    progress.begun(item)
+    try:
+        record(item)
+        log = None if progress.alone else (item.folder / f"{item.name}.log").open("w", encoding="utf-8")
+        with log or contextlib.nullcontext():
+            item.status, item.error = _through_papermill(item, environment, timeout, log)
+        item.seconds = time.perf_counter() - started
+        if item.status != "stopped":
+            _complete(item)
+        record(item)
+    except OSError as error:
+        item.status, item.error = "FAILED", f"{error.strerror or error}"
+    return item
+
+
+def _through_papermill(
+    item: Planned, environment: Mapping[str, str], timeout: int | None, log: TextIO | None
+) -> tuple[str, str]:
+    """Execute a notebook; returns its status and error. Without a ``log``, this process prints what the kernel does."""
+    import papermill
+
+    # A run may be started from a cell of JupyterLab; nobody watches its notebooks (see live.in_browser).
+    inherited = {name: value for name, value in os.environ.items() if name != "JPY_SESSION_NAME"}
+    # As its last act the kernel leaves without taking torch apart, which would take it a second and a half.
+    leave = "--IPKernelApp.exec_lines=import atexit, os; atexit.register(os._exit, 0)"
+    given = {**item.parameters, "output_dir": str(item.folder)}
+    _register_engine()
+    try:
+        papermill.execute_notebook(
+            str(item.path), str(item.folder / f"{item.name}.ipynb"), given, kernel_name="python3",
+            engine_name="companion", progress_bar=False, stdout_file=log or sys.stdout,
+            stderr_file=log or sys.stderr, extra_arguments=["--log-level=CRITICAL", leave], execution_timeout=timeout,
+            # Not papermill's own `cwd`: it would move the whole process, and other threads with it.
+            kernel={"cwd": str(item.folder), "env": {**inherited, **environment}, "stdout": log, "stderr": log},
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        return "FAILED", f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
+    except Exception as error:  # a kernel that dies, a notebook that cannot be read: the others still run
+        if processes.interrupted.is_set():
+            return "stopped", ""
+        return "FAILED", f"{type(error).__name__}: {error}".splitlines()[0]
+    return "ok", ""
+
+
+def _complete(item: Planned) -> None:
+    """Look for what papermill does not report, and write the executed notebook as .html too."""
+    import nbformat
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    target = item.folder / f"{item.name}.ipynb"
+    try:
+        notebook = nbformat.read(target, as_version=4)
+        if item.status != "ok" and not item.error.startswith("cell"):
+            item.error = f"cell {_stopped_at(notebook)}: {item.error}"
+        problems = widget_errors(notebook)
+        if problems and item.status == "ok":
+            item.status, item.error = "FAILED", f"in a widget: {problems[0]}"
+        # A progress bar rewrites its line; only its last state is kept.
+        notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
+        pages.write(target, nbformat.writes(notebook) + "\n")
+        pages.write(target.with_suffix(".html"), pages.as_html(target))
+        item.title = pages.title(notebook) or item.name
+    except (OSError, ValueError) as error:  # none was written, or a full disk cut it off
+        item.error = item.error or f"{target.name} could not be written: {getattr(error, 'strerror', None) or error}"
+        item.status = "FAILED"
+
+
+def _register_engine() -> None:
+    """Register papermill's engine "companion": its kernels get an environment, and no echo of Output widgets.
+
+    nbclient sends an Output widget's state back to the kernel while its cell still runs; about one in 300 such cells
+    then never ends (nbclient 0.11, ipykernel 7.4). Nobody reads the echo: the widget state comes from nbclient itself.
+    """
+    from nbclient.output_widget import OutputWidget
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class QuietOutput(OutputWidget):
+        def sync_state(self) -> None:
+            pass
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, *, kernel, execution_timeout=None, **options):
+            names = ("stdout_file", "stderr_file", "extra_arguments", "resources")
+            given = {name: options[name] for name in names if name in options}
+            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=execution_timeout, **given)
+            client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": QuietOutput}}
+            return client.execute(**kernel)
+
+    papermill_engines.register("companion", Engine)
+
+
+def _stopped_at(notebook) -> int:
+    """The number of the code cell during which a run ended without an error of its own."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    begun = [n for n, cell in enumerate(code, 1) if cell.metadata.get("papermill", {}).get("start_time")]
+    return begun[-1] if begun else 1
+
+
+def widget_errors(notebook) -> list[str]:
+    """Errors in widget callbacks and live labs: papermill reports none, they are in the notebook's widget state."""
+    held = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    states = [model.get("state", {}) for model in held.values()]
+    errors = [o for state in states for o in state.get("outputs", ()) if o.get("output_type") == "error"]
+    shown = [re.search(r'class="companion-error".*?<b>(.*?)</b>', str(state.get("value")), re.S) for state in states]
+    return [f"{e.get('ename')}: {e.get('evalue')}" for e in errors] + [html.unescape(s.group(1)) for s in shown if s]
