@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -56,8 +57,12 @@ class Book:
         return f"{where} · {data.description}{note}"
 
     def figure(self, figure: Axes | Figure, name: str, caption: str) -> None:
-        """Save a figure as ``figures/<number>_<name>.png`` and ``.svg``, with its caption."""
-        plots.save(figure, self._filed(name), self.folder, caption)
+        """Save a figure as ``figures/<number>_<name>.png`` and ``.svg``, with its caption, and display it."""
+        from IPython.display import Image, display
+
+        saved = plots.save(figure, self._filed(name), self.folder, caption)
+        display(Image(self.folder / "figures" / f"{self._filed(name)}.png"))
+        plt.close(saved)  # or the cell would draw it again
 
     def table(self, frame: pd.DataFrame, name: str) -> None:
         """Save a tidy table as ``tables/<number>_<name>.parquet``; values that Parquet has no type for become text."""

@@ -243,6 +243,11 @@ def save(figure: Axes | Figure, name: str, folder: str | Path, caption: str) -> 
     file.parent.mkdir(parents=True, exist_ok=True)
     titles = [fig.get_suptitle(), *(a.get_title(loc="left") for a in fig.axes)]
     title = next((t for t in titles if t), name).replace("\n", " ")
+    if engine := fig.get_layout_engine():  # once, for both files
+        shown_at, fig.dpi = fig.dpi, mpl.rcParams["savefig.dpi"]
+        engine.execute(fig)
+        fig.dpi = shown_at
+        fig.set_layout_engine("none")
     fig.savefig(file.with_name(f"{name}.png"), metadata={"Title": title, "Description": caption})
     fig.savefig(file.with_name(f"{name}.svg"), metadata={"Date": None, "Title": title})
     return fig
