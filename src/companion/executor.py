@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import html
 import importlib.metadata
-import itertools
 import os
 import platform
 import re
@@ -65,13 +64,13 @@ def machine() -> dict[str, object]:
     }  # fmt: skip
 
 
-def new_folder(out: str | Path | None, default: Path) -> Path:
-    """Make the folder ``out``, or a new one named like ``default``. Raises BadInput for one that cannot be used."""
+def new_folder(out: str | Path | None, kind: str, name: str) -> Path:
+    """Make the folder ``out``, or one of that kind named after the time. Raises BadInput where it cannot be used."""
+    default = parameters.OUTPUTS / kind / f"{time.strftime('%Y-%m-%d_%H%M%S')}-{name}"
+    if default.exists():  # another run began within the same second
+        default = default.with_name(f"{default.name}-{os.getpid()}")
+    out = Path(out or default).absolute()
     try:
-        if out is None:  # two runs may begin within a second
-            names = (default.with_name(f"{default.name}-{number}") for number in itertools.count(2))
-            out = next(folder for folder in itertools.chain([default], names) if _made(folder))
-        out = Path(out).absolute()
         if out.exists() and any(out.iterdir()):
             resume = f", or continue it: companion rerun --resume --out {out}" if (out / "rerun.json").exists() else ""
             raise BadInput(f"{out} is not empty; choose a new folder with --out{resume}")
@@ -80,14 +79,6 @@ def new_folder(out: str | Path | None, default: Path) -> Path:
             return out
     except OSError as error:
         raise BadInput(f"cannot write into {out}: {error.strerror}; choose another folder with --out") from None
-
-
-def _made(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import math
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -181,8 +180,7 @@ def rerun(
         out = Path(out).absolute()
         note = note or record(out)["note"]
     else:
-        default = f"{time.strftime('%Y-%m-%d_%H%M%S')}-{source.stem}"
-        out = executor.new_folder(out, parameters.OUTPUTS / "reruns" / default)
+        out = executor.new_folder(out, "reruns", source.stem)
     about = {
         # A rerun goes on with the dataset it began with, also where "auto" would choose another by then.
         **executor.machine(), "note": note, "dataset": real, "request": asdict(replace(request, dataset=real)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def run(
         profile, dataset, lambda name: parameters.plan(profile, name, only=only, given=given, folder=folder)
     )
     environment = executor.environment_of(planned, jobs, cluster, timeout)
-    out = executor.new_folder(out, parameters.OUTPUTS / "runs" / f"{time.strftime('%Y-%m-%d_%H%M%S')}-{profile}")
+    out = executor.new_folder(out, "runs", profile)
     for item in planned:
         item.folder = out
     about = {

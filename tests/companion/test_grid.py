@@ -117,7 +117,7 @@ def done(tmp_path_factory):
 def test_a_failing_point_leaves_the_others_and_is_named_with_its_cell(done):
     _, out, said = done
     assert "2 of 4 ok" in said
-    assert len(re.findall(r"^\[\d/4\] lr=2,seed=1: FAILED, \d+ s: cell 5: ValueError: too large$", said, re.M)) == 1
+    assert len(re.findall(r"^\[\d/4, .*\] lr=2,seed=1: FAILED, \d+ s: cell 5: ValueError: too large$", said, re.M)) == 1
     assert (out / "points/lr=2,seed=1/01_grid.ipynb").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ COMPANION = [sys.executable, "-c", "from companion.cli import main; main()"]
 PARAMETERS = 'output_dir = "."\nlr = 0.1\nseeds = 3\n'
 
 
-def _notebook(folder: Path, name: str, *cells: str) -> None:
+def _notebook(folder: Path, name: str, *cells: str, **about: object) -> None:
     kernel = {"name": "python3", "display_name": "", "language": "python"}
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel, "companion": about})
     notebook.cells = [
         nbformat.v4.new_markdown_cell(f"# {name} <script>alert(1)</script>"),
         nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
@@ -54,6 +55,37 @@ def test_a_failing_notebook_is_kept_up_to_its_cell_and_the_others_still_run(fold
     outputs = [o.get("text", "") for c in partial.cells if c.cell_type == "code" for o in c.outputs]
     assert "before\n" in outputs and "after\n" not in outputs
     assert "ZeroDivisionError" in (out / "index.html").read_text()
+
+
+MEETS = """import time
+from pathlib import Path
+print('I am', {me!r})
+Path({me!r}).touch()
+end = time.monotonic() + 60
+while not Path({other!r}).exists():
+    assert time.monotonic() < end, 'the other did not run at the same time'
+    time.sleep(0.1)"""
+
+
+@pytest.mark.slow
+def test_notebooks_go_side_by_side_the_longest_first_each_with_its_log(tmp_path):
+    (tmp_path / "profiles.yml").write_text("quick: {}\n")
+    _notebook(tmp_path, "01_short", MEETS.format(me="one", other="two"), minutes=1)
+    _notebook(tmp_path, "02_alone", "import os\nprint(os.environ['COMPANION_JOBS'], os.environ['OMP_NUM_THREADS'])")
+    _notebook(tmp_path, "03_long", MEETS.format(me="two", other="one"), minutes=2)
+    said, out = [], tmp_path / "out"
+    assert run.run("quick", jobs=2, folder=tmp_path, out=out, say=said.append) == 0
+    assert [line for line in said if line.endswith("started")] == [
+        "03_long: started", "01_short: started", "02_alone: started"
+    ]  # fmt: skip
+    assert [n["name"] for n in json.loads((out / "run.json").read_text())["notebooks"]] == [
+        "01_short", "02_alone", "03_long"
+    ]  # fmt: skip
+    assert [(out / f"{name}.log").read_text() for name in ("01_short", "02_alone", "03_long")] == [
+        "I am one\n", "1 1\n", "I am two\n"
+    ]  # fmt: skip
+    assert re.fullmatch(r"\[3/3, 0:00:\d\d\] 02_alone: ok, \d+ s", next(s for s in said if s.startswith("[3/3")))
+    assert not any("I am" in line for line in said)
 
 
 @pytest.mark.slow
@@ -211,9 +243,12 @@ def test_what_fails_in_a_live_lab_fails_the_run(folder, tmp_path):
     assert record["05_played"]["error"] == "in a widget: Training stopped: KeyError: 'steps'"
 
 
-def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path):
-    found = [executor.new_folder(None, tmp_path / "runs" / "now") for _ in range(3)]
-    assert [folder.name for folder in found] == ["now", "now-2", "now-3"] and all(folder.is_dir() for folder in found)
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(parameters, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(executor.time, "strftime", lambda _: "now")
+    found = [executor.new_folder(None, "runs", "quick") for _ in range(2)]
+    assert [folder.name for folder in found] == ["now-quick", f"now-quick-{os.getpid()}"]
+    assert all(folder.is_dir() for folder in found)
 
 
 def test_relative_folders_of_data_and_store_stay_where_the_user_is(tmp_path, monkeypatch):

@@ -157,21 +157,22 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     A claim none of whose counting parts was measured is not judged; one with an unmeasured part is never reproduced.
     ``tally``: how many of the counting parts are reproduced.
     """
-    rows = []
-    for claim_id, parts in table.groupby("claim", sort=False):
-        counted = parts[parts["counts"]]
-        unmeasured = parts[(parts["verdict"] == NOT_JUDGED) & ~parts["exact"]]
-        verdicts = {*counted["verdict"], *unmeasured["verdict"]} or set(parts["verdict"])
+    claims, rows = {}, []
+    for row in table.to_dict("records"):
+        claims.setdefault(row["claim"], []).append(row)
+    for claim_id, parts in claims.items():
+        counted = [part for part in parts if part["counts"]]
+        unmeasured = [part for part in parts if part["verdict"] == NOT_JUDGED and not part["exact"]]
+        verdicts = {part["verdict"] for part in counted + unmeasured or parts}
         verdict = next(iter(verdicts)) if len(verdicts) == 1 else INCONCLUSIVE
         if NOT_REPRODUCED in verdicts:
             verdict = NOT_REPRODUCED
-        reasons = parts if counted.empty else pd.concat([counted, unmeasured])
-        first = parts.iloc[0]
+        reasons = [part["why"] for part in (counted + unmeasured if counted else parts) if pd.notna(part["why"])]
+        reproduced = sum(part["verdict"] == REPRODUCED for part in counted)
         rows.append({
-            "claim": claim_id, "statement": first["statement"], "source": first["source"],
-            "notebook": first["notebook"], "verdict": verdict,
-            "why": "; ".join(dict.fromkeys(_text(reasons["why"]))).strip("; "),
-            "tally": f"{(counted['verdict'] == REPRODUCED).sum()} of {len(counted)} parts reproduced",
+            "claim": claim_id, **{name: parts[0][name] for name in ("statement", "source", "notebook")},
+            "verdict": verdict, "why": "; ".join(dict.fromkeys(filter(None, reasons))),
+            "tally": f"{reproduced} of {len(counted)} parts reproduced",
         })  # fmt: skip
     return pd.DataFrame(rows)
 

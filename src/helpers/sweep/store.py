@@ -209,7 +209,9 @@ def _checked(key: str) -> str:
 
 def size(path: Path) -> int:
     """Count the bytes of a file, or of all files below a folder."""
-    return sum(file.lstat().st_size for file in (path, *path.rglob("*")) if not file.is_dir())
+    if not path.is_dir():
+        return path.lstat().st_size
+    return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names)
 
 
 def remove(path: Path) -> None:
