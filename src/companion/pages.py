@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,19 +141,29 @@ def _leave_out_widgets(notebook) -> None:
             cell.outputs = [output for output in cell.outputs if output.get("data", True)]
 
 
+_EXPORTING = threading.Lock()  # notebooks that end side by side share the exporters
+
+
 def _export(notebook, name: str, page: str) -> str:
+    with _EXPORTING:
+        return _exporter(page).from_notebook_node(notebook, {"metadata": {"name": name}})[0]
+
+
+@functools.cache
+def _exporter(page: str):
+    """nbconvert's exporter with this template, which it compiles once."""
     import jinja2
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(
+    return HTMLExporter(
         template_file="page.html.j2", extra_loaders=[jinja2.DictLoader({"page.html.j2": page})], sanitize_html=True,
         filters={"clean_html": _clean}, exclude_input_prompt=True, exclude_output_prompt=True,
         exclude_anchor_links=True,
     )  # fmt: skip
-    return exporter.from_notebook_node(notebook, {"metadata": {"name": name}})[0]
 
 
-def _clean(html: object) -> str:
+@functools.lru_cache(maxsize=4096)  # a cell is cleaned for its notebook's page, and for the report
+def _clean(html: str) -> str:
     """nbconvert's filter: balance tags, and show as text every tag that could act, hide or leave its place."""
     import bleach
 

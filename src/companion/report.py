@@ -145,30 +145,25 @@ def _ledger(
     run: Mapping, table: pd.DataFrame, notebooks: Sequence[Mapping], folder: Path, reference: pd.DataFrame | None
 ) -> list[dict]:
     by_name = {n["name"]: n for n in notebooks}
+    others = {} if reference is None else {
+        (row["claim"], row["part"]): f"{row['ours [95 %]']}, n = {row['n']}: {row['verdict']}"
+        for row in rules.readable(reference).to_dict("records")
+    }  # fmt: skip
+    rows: dict[str, list[dict]] = {}
+    for row, shown in zip(table.to_dict("records"), rules.readable(table).to_dict("records")):
+        own = figures_of(row, by_name.get(row["notebook"], {}).get("dataset"))
+        own |= {"ours": shown["ours [95 %]"], "counts": row["counts"]}
+        own["reference"] = others.get((row["claim"], row["part"]), "")
+        rows.setdefault(row["claim"], []).append(shown | own)
     found = []
-    for claim in rules.summary(table).to_dict("records") if len(table) else []:
-        parts, notebook = table[table["claim"] == claim["claim"]], by_name.get(claim["notebook"], {})
-        number = claim["notebook"].split("_")[0]
-        rows = []
-        for row, shown in zip(parts.to_dict("records"), rules.readable(parts).to_dict("records")):
-            rows.append(shown | figures_of(row, notebook.get("dataset")) | {
-                "ours": shown["ours [95 %]"], "counts": row["counts"], "reference": _of(reference, row)
-            })  # fmt: skip
+    for claim in rules.summary(table).to_dict("records"):
+        number, notebook = claim["notebook"].split("_")[0], by_name.get(claim["notebook"], {})
         found.append(claim | {
-            "number": number, "parts": rows, "cell": notebook.get("judged", {}).get(claim["claim"]),
+            "number": number, "parts": rows[claim["claim"]], "cell": notebook.get("judged", {}).get(claim["claim"]),
             "tables": sorted(f.name for f in (folder / "tables").glob(f"{number}_*.parquet")),
             "command": command(run, claim["notebook"]),
         })  # fmt: skip
     return found
-
-
-def _of(reference: pd.DataFrame | None, row: Mapping) -> str:
-    """The reference's figure for the same part, and its verdict."""
-    if reference is None:
-        return ""
-    same = reference[(reference["claim"] == row["claim"]) & (reference["part"] == row["part"])]
-    shown = rules.readable(same).to_dict("records")
-    return f"{shown[0]['ours [95 %]']}, n = {shown[0]['n']}: {shown[0]['verdict']}" if shown else ""
 
 
 def figures_of(row: Mapping, dataset: str | None) -> dict[str, str]:

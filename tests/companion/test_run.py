@@ -46,7 +46,7 @@ def test_a_failing_notebook_is_kept_up_to_its_cell_and_the_others_still_run(fold
     out = tmp_path / "out"
     assert run.run("quick", folder=folder, out=out) == 1
     said = capsys.readouterr().out
-    assert "1 of 3 notebooks ok" in said and str(out / "index.html") in said
+    assert "1 of 3 ok" in said and str(out / "index.html") in said
     record = {n["name"]: n for n in json.loads((out / "run.json").read_text())["notebooks"]}
     assert "ZeroDivisionError" in record["01_raises"]["error"]
     assert "KeyError" in record["02_widget"]["error"] and "widget" in record["02_widget"]["error"]
