@@ -21,13 +21,16 @@ from unittest import mock
 
 import cloudpickle
 import joblib
+import nbformat
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
 from benchmarks.timing import Line, Mismatch, Side, Skipped, compare, interleave, same
+from companion import grid, run
 from helpers import Net, Problem, Solution, Training, problems, sweep
 from helpers.engine import kernels
 from helpers.measure import fits, gradients, memory, noise
@@ -35,6 +38,7 @@ from helpers.problems import builtin, nets
 from helpers.problems.dataset import Tensors
 from helpers.sweep import cluster
 from helpers.sweep import settings as of_runs
+from helpers.sweep import store as of_results
 from helpers.sweep.store import Store, key_of
 
 LR = 0.01  # the write-up's
@@ -569,6 +573,9 @@ def cost_growth(bench: Bench) -> list[Line]:
         "batch sizes": {n: _sweep(sweep.grid(base, batch_size=[64 + i for i in range(n)]), 1, 1) for n in counts},
         "training examples": {few * n: training(few * n) for n in counts},
         "width (one hidden layer)": {width * n: training(few, _one_hidden_layer(width * n)) for n in counts},
+        "notebooks": {n: functools.partial(_run_of, n) for n in counts[:3]},
+        "points of a grid": {few // 30 * n: functools.partial(_grid_of, few // 30 * n) for n in counts},
+        "entries of the store": {few // 15 * n: functools.partial(_store_of, few // 15 * n) for n in counts},
     }
     lines = []
     for name, sides in quantities.items():
@@ -579,6 +586,53 @@ def cost_growth(bench: Bench) -> list[Line]:
         note = f"standard error {error:.2g} over rounds; {times}"
         lines.append(Line("cost-growth", name, "linear", exponents, 1.0, "", False, note=note, error=error))
     return lines
+
+
+def _run_of(count: int) -> Callable[[], object]:
+    """A run of so many notebooks that compute nothing, one after the other."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "profiles.yml").write_text("quick: {}", encoding="utf-8")
+    cells = [nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]})]
+    for number in range(count):
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{number:02}_empty.ipynb")
+
+    def execute():
+        with tempfile.TemporaryDirectory() as out:
+            run.run("quick", jobs=1, out=out, folder=folder, say=str)
+        shutil.rmtree(folder)
+
+    return execute
+
+
+def _grid_of(count: int) -> Callable[[], object]:
+    """The plan of so many points, and their results on a page, each with a small table."""
+    out, about = Path(tempfile.mkdtemp()), dict.fromkeys(("main_figure", "title", "note", "notebook", "profile"), "")
+    for number in range(count):
+        (out / f"seed={number}/tables").mkdir(parents=True)
+        pd.DataFrame({"x": [1.0]}).to_parquet(out / f"seed={number}/tables/02_x.parquet")
+
+    def collect():
+        points = grid.plan("02", [{"seed": list(range(count))}], "quick", "digits")
+        for point in points:
+            point.folder, point.status = out / point.label, "ok"
+        grid.collect(points, out, about | dict.fromkeys(("dataset", "started", "machine"), ""))
+        shutil.rmtree(out)
+
+    return collect
+
+
+def _store_of(count: int) -> Callable[[], object]:
+    """What ``companion status`` asks of a store of so many entries, and a sweep of each: is it there, its frame."""
+    store = Store(tempfile.mkdtemp())
+    keys = [store.put({"k": k}, pd.DataFrame({"x": [1.0]})) for k in range(count)]
+
+    def look():
+        of_results.size(store.folder)
+        frames = [store.frame(key) for key in store.all_keys() if store.has(key)]
+        shutil.rmtree(store.folder)
+        return len(keys) == len(frames)
+
+    return look
 
 
 def _one_hidden_layer(width: int) -> Callable:

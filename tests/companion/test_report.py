@@ -11,19 +11,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from companion import cli, pages, parameters, publish, report, run
+from companion import cli, pages, parameters, publish, report
 from helpers.ledger import claims, rules
 
 pytestmark = pytest.mark.slow  # a run of two notebooks
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("report") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPANION_STORE", str(tmp_path_factory.mktemp("store")))
-        assert run.run("quick", only=["02", "05"], given={"seed": 1}, out=out, say=str) == 0
-    return out
 
 
 @pytest.fixture
