@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import html
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -107,7 +108,7 @@ def execute(
 
     items: each is executed into its ``folder`` and gets the outcome; one that is "ok" already is left alone.
     environment: variables of the kernels. Of its ``COMPANION_JOBS`` processes, by default one a core, as many as there
-        are notebooks execute one each, and what is left over trains within each.
+        are notebooks execute one each, and what is left over trains within each (more, when fewer are left).
     note: said before and after.
     timeout: seconds that one cell may take.
     record: called when an item has begun, and when it has ended.
@@ -119,8 +120,15 @@ def execute(
     waiting = sorted((item for item in items if item.status != "ok"), key=lambda item: -item.minutes)
     jobs = int(environment.get("COMPANION_JOBS", joblib.cpu_count()))
     side_by_side = max(1, min(len(waiting), jobs))
-    share = str(jobs // side_by_side)
-    environment = {**environment, "COMPANION_JOBS": share, "OMP_NUM_THREADS": share}
+
+    def divide(left: int) -> int:
+        """The processes for each notebook, as kernels read them before each sweep: more when fewer are left."""
+        share = jobs // max(1, min(side_by_side, left))
+        pages.write(out / ".jobs", str(share))
+        return share
+
+    threads = str(divide(len(waiting)))
+    environment = {**environment, "COMPANION_JOBS": str(out / ".jobs"), "OMP_NUM_THREADS": threads}
     say(f"{len(items)} to execute, {side_by_side} side by side, into {out}")
     if note:
         say(f"\n{LOUD}\n{note}\n{LOUD}\n")
@@ -132,8 +140,9 @@ def execute(
         with progress.shown(), concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
             calls = [pool.submit(_one, item, environment, timeout, record, progress) for item in waiting]
             try:
-                for call in concurrent.futures.as_completed(calls):
+                for left, call in zip(itertools.count(len(calls) - 1, -1), concurrent.futures.as_completed(calls)):
                     progress.ended(call.result())
+                    divide(left)
             except BaseException:
                 processes.interrupted.set()
                 pool.shutdown(wait=False, cancel_futures=True)

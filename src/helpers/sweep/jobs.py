@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cloudpickle
 import joblib
@@ -62,7 +63,9 @@ def execute(todo: list[Job], jobs: int | None, store: Store) -> None:
     if not todo:
         return
     address = cluster.address()
-    asked = os.environ.get("COMPANION_JOBS") or "0"  # by ``companion run --jobs``
+    asked = os.environ.get("COMPANION_JOBS") or "0"
+    if os.path.isfile(asked):  # of ``companion run``, whose notebooks get more processes when fewer of them are left
+        asked = Path(asked).read_text(encoding="utf-8")
     if not asked.isdigit():
         raise ValueError(f"$COMPANION_JOBS is {asked!r}; expected a whole number of processes")
     asked = jobs or int(asked)
