@@ -593,12 +593,15 @@ def _run_of(count: int) -> Callable[[], object]:
     folder = Path(tempfile.mkdtemp())
     (folder / "profiles.yml").write_text("quick: {}", encoding="utf-8")
     cells = [nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]})]
+    kernel = {"name": "python3", "display_name": "", "language": "python"}
     for number in range(count):
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{number:02}_empty.ipynb")
+        empty = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(empty, folder / f"{number:02}_empty.ipynb")
 
     def execute():
         with tempfile.TemporaryDirectory() as out:
-            run.run("quick", jobs=1, out=out, folder=folder, say=str)
+            if run.run("quick", jobs=1, out=out, folder=folder, say=str):
+                raise Mismatch("an empty notebook failed")
         shutil.rmtree(folder)
 
     return execute

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import html
 import importlib.metadata
 import itertools
@@ -38,11 +39,9 @@ def environment_of(
     for name, value in (("jobs", jobs), ("timeout", timeout)):
         if value is not None and value < 1:
             raise BadInput(f"{name} is {value}; expected at least 1")
-    environment = {
-        k: str(Path(v).absolute()) for k in ("COMPANION_STORE", "COMPANION_DATA") if (v := os.environ.get(k))
-    }
+    found = {k: str(Path(os.environ[k]).absolute()) for k in ("COMPANION_STORE", "COMPANION_DATA") if os.environ.get(k)}
     if jobs is not None:
-        environment["COMPANION_JOBS"] = str(jobs)
+        found["COMPANION_JOBS"] = str(jobs)
     if cluster is not None:
         from helpers.sweep.cluster import ClusterError, device_type
 
@@ -50,10 +49,8 @@ def environment_of(
             device_type(cluster)
         except ClusterError as error:
             raise BadInput(str(error)) from None
-        environment["COMPANION_CLUSTER"] = cluster
-    if any(item.parameters.get("problem") for item in planned):
-        environment |= parameters.import_path()
-    return environment
+        found["COMPANION_CLUSTER"] = cluster
+    return found | (parameters.import_path() if any(item.parameters.get("problem") for item in planned) else {})
 
 
 def machine() -> dict[str, object]:
@@ -116,33 +113,33 @@ def execute(
     go_on: how to go on after an interrupt.
     """
     import joblib
+    from rich.console import Console
+    from rich.live import Live
 
     waiting = sorted((item for item in items if item.status != "ok"), key=lambda item: -item.minutes)
     jobs = int(environment.get("COMPANION_JOBS", joblib.cpu_count()))
     side_by_side = max(1, min(len(waiting), jobs))
-
-    def divide(left: int) -> int:
-        """The processes for each notebook, as kernels read them before each sweep: more when fewer are left."""
-        share = jobs // max(1, min(side_by_side, left))
-        pages.write(out / ".jobs", str(share))
-        return share
-
-    threads = str(divide(len(waiting)))
-    environment = {**environment, "COMPANION_JOBS": str(out / ".jobs"), "OMP_NUM_THREADS": threads}
+    share = out / ".jobs"  # kernels read it before each sweep, for what others leave free
+    environment = {**environment, "COMPANION_JOBS": str(share), "OMP_NUM_THREADS": str(jobs // side_by_side)}
     say(f"{len(items)} to execute, {side_by_side} side by side, into {out}")
     if note:
         say(f"\n{LOUD}\n{note}\n{LOUD}\n")
     if len(waiting) < len(items):
         say(f"{len(items) - len(waiting)} of them are finished there already")
+    progress, console, alone = _Progress(items), Console(), len(items) == 1
+    live = Live(progress, console=console, refresh_per_second=1, transient=True)
     processes.interrupted.clear()
-    progress = _Progress(items, say)
     try:
-        with progress.shown(), concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
-            calls = [pool.submit(_one, item, environment, timeout, record, progress) for item in waiting]
+        with (
+            live if console.is_terminal and not alone else contextlib.nullcontext(),
+            concurrent.futures.ThreadPoolExecutor(side_by_side) as pool,
+        ):
+            pages.write(share, str(jobs // side_by_side))
+            calls = [pool.submit(_one, item, environment, timeout, alone, record, say) for item in waiting]
             try:
                 for left, call in zip(itertools.count(len(calls) - 1, -1), concurrent.futures.as_completed(calls)):
-                    progress.ended(call.result())
-                    divide(left)
+                    say(f"{progress} {call.result()}")
+                    pages.write(share, str(jobs // max(1, min(side_by_side, left))))
             except BaseException:
                 processes.interrupted.set()
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -151,25 +148,24 @@ def execute(
                     processes.end_children()
                 raise
     except KeyboardInterrupt:
-        say(f"\nstopped: {_ok(items)} of {len(items)} notebooks and every finished training are kept. {go_on}")
+        say(f"\nstopped: {progress.ok} of {len(items)} notebooks and every finished training are kept. {go_on}")
         raise
     finally:
         page = finish(progress.seconds)
-    say(f"{note}\n{_ok(items)} of {len(items)} ok in {progress.seconds:.0f} s. Open:\n{page}")
-    return 0 if _ok(items) == len(items) else 1
-
-
-def _ok(items: Sequence[Planned]) -> int:
-    return sum(item.status == "ok" for item in items)
+    say(f"{note}\n{progress.ok} of {len(items)} ok in {progress.seconds:.0f} s. Open:\n{page}")
+    return 0 if progress.ok == len(items) else 1
 
 
 class _Progress:
-    """A line as each notebook begins and ends, with the time left; in a terminal, those at work stand below."""
+    """How many have ended, and how long the rest takes; with those at work, the line below all others in a terminal."""
 
-    def __init__(self, items: Sequence[Planned], say: Callable[[str], None]):
-        self.items, self.say, self.started = items, say, time.perf_counter()
-        self.alone = len(items) == 1  # its own progress bars are shown; those of several would be jumbled
+    def __init__(self, items: Sequence[Planned]):
+        self.items, self.started = items, time.perf_counter()
         self.before = self._weight("ok")
+
+    @property
+    def ok(self) -> int:
+        return sum(item.status == "ok" for item in self.items)
 
     @property
     def seconds(self) -> float:
@@ -178,22 +174,6 @@ class _Progress:
     def _weight(self, *statuses: str) -> float:
         return sum(item.minutes or 1.0 for item in self.items if item.status in statuses)
 
-    def shown(self):
-        """The context in which the present state stands below all lines, where a terminal shows it."""
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console()
-        if self.alone or not console.is_terminal:
-            return contextlib.nullcontext()
-        return Live(self, console=console, refresh_per_second=1, transient=True)
-
-    def __rich__(self):
-        from rich.text import Text
-
-        at_work = ", ".join(item.label for item in self.items if item.status == "running")
-        return Text(f"{self} {at_work}", no_wrap=True, overflow="ellipsis")
-
     def __str__(self) -> str:
         done = self._weight("ok", "FAILED") - self.before
         left = self.seconds * self._weight("waiting", "running") / done if done else 0.0
@@ -201,30 +181,25 @@ class _Progress:
         times = [datetime.timedelta(seconds=round(s)) for s in (self.seconds, left)]
         return f"[{ended}/{len(self.items)}, {times[0]}" + f", about {times[1]} left" * (left > 0) + "]"
 
-    def begun(self, item: Planned) -> None:
-        self.say(f"{item.label}: started")
+    def __rich__(self):
+        from rich.text import Text
 
-    def ended(self, item: Planned) -> None:
-        self.say(
-            f"{self} {item.label}: {item.status}, {item.seconds:.0f} s: {item.error or _verdicts(item)}".rstrip(": ")
-        )
+        at_work = ", ".join(item.label for item in self.items if item.status == "running")
+        return Text(f"{self} {at_work}", no_wrap=True, overflow="ellipsis")
 
 
-def _verdicts(item: Planned) -> str:
+def _one(item: Planned, environment: Mapping[str, str], timeout: int | None, alone: bool, record, say) -> str:
+    """Execute one notebook into its folder, as .ipynb and .html, a partial copy where it fails; returns the outcome.
+
+    alone: whether this process prints what the kernel does; several would be jumbled, and get a log each.
+    """
     from helpers.ledger import rules
 
-    file = item.folder / "claims" / f"{item.name}.csv"
-    counts = rules.summary(rules.read(file))["verdict"].value_counts() if file.exists() else {}
-    return ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
-
-
-def _one(item: Planned, environment: Mapping[str, str], timeout: int | None, record, progress: _Progress) -> Planned:
-    """Execute one notebook into its folder, as .ipynb and .html; a partial copy is kept where it fails."""
     item.status, item.error, started = "running", "", time.perf_counter()
-    progress.begun(item)
+    say(f"{item.label}: started")
     try:
         record(item)
-        log = None if progress.alone else (item.folder / f"{item.name}.log").open("w", encoding="utf-8")
+        log = None if alone else (item.folder / f"{item.name}.log").open("w", encoding="utf-8")
         with log or contextlib.nullcontext():
             item.status, item.error = _through_papermill(item, environment, timeout, log)
         item.seconds = time.perf_counter() - started
@@ -233,13 +208,16 @@ def _one(item: Planned, environment: Mapping[str, str], timeout: int | None, rec
         record(item)
     except OSError as error:
         item.status, item.error = "FAILED", f"{error.strerror or error}"
-    return item
+    judged = item.folder / "claims" / f"{item.name}.csv"
+    verdicts = list(rules.summary(rules.read(judged))["verdict"]) if judged.exists() else []
+    counted = ", ".join(f"{verdicts.count(v)} {v}" for v in rules.VERDICTS if v in verdicts)
+    return f"{item.label}: {item.status}, {item.seconds:.0f} s: {item.error or counted}".removesuffix(": ")
 
 
 def _through_papermill(
     item: Planned, environment: Mapping[str, str], timeout: int | None, log: TextIO | None
 ) -> tuple[str, str]:
-    """Execute a notebook; returns its status and error. Without a ``log``, this process prints what the kernel does."""
+    """Execute a notebook; returns its status and error."""
     import papermill
 
     # A run may be started from a cell of JupyterLab; nobody watches its notebooks (see live.in_browser).
@@ -259,9 +237,8 @@ def _through_papermill(
     except papermill.PapermillExecutionError as error:
         return "FAILED", f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
     except Exception as error:  # a kernel that dies, a notebook that cannot be read: the others still run
-        if processes.interrupted.is_set():
-            return "stopped", ""
-        return "FAILED", f"{type(error).__name__}: {error}".splitlines()[0]
+        stopped = processes.interrupted.is_set()
+        return ("stopped", "") if stopped else ("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
     return "ok", ""
 
 
@@ -273,10 +250,10 @@ def _complete(item: Planned) -> None:
     target = item.folder / f"{item.name}.ipynb"
     try:
         notebook = nbformat.read(target, as_version=4)
-        if item.status != "ok" and not item.error.startswith("cell"):
-            item.error = f"cell {_stopped_at(notebook)}: {item.error}"
-        problems = widget_errors(notebook)
-        if problems and item.status == "ok":
+        if item.status != "ok" and not item.error.startswith("cell"):  # its last cell that began
+            code = [cell.metadata.get("papermill", {}) for cell in notebook.cells if cell.cell_type == "code"]
+            item.error = f"cell {max(1, sum(bool(one.get('start_time')) for one in code))}: {item.error}"
+        if item.status == "ok" and (problems := widget_errors(notebook)):
             item.status, item.error = "FAILED", f"in a widget: {problems[0]}"
         # A progress bar rewrites its line; only its last state is kept.
         notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
@@ -288,6 +265,7 @@ def _complete(item: Planned) -> None:
         item.status = "FAILED"
 
 
+@functools.cache
 def _register_engine() -> None:
     """Register papermill's engine "companion": its kernels get an environment, and no echo of Output widgets.
 
@@ -305,20 +283,12 @@ def _register_engine() -> None:
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, *, kernel, execution_timeout=None, **options):
-            names = ("stdout_file", "stderr_file", "extra_arguments", "resources")
-            given = {name: options[name] for name in names if name in options}
+            given = {name: options[name] for name in ("stdout_file", "stderr_file", "extra_arguments")}
             client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=execution_timeout, **given)
             client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": QuietOutput}}
             return client.execute(**kernel)
 
     papermill_engines.register("companion", Engine)
-
-
-def _stopped_at(notebook) -> int:
-    """The number of the code cell during which a run ended without an error of its own."""
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    begun = [n for n, cell in enumerate(code, 1) if cell.metadata.get("papermill", {}).get("start_time")]
-    return begun[-1] if begun else 1
 
 
 def widget_errors(notebook) -> list[str]:

@@ -66,16 +66,12 @@ def _finish(planned: Sequence[Planned], out: Path, about: dict[str, object]) -> 
     tables = [rules.read(f) for f in sorted((out / "claims").glob("*.csv"))]
     if tables:
         pages.write(out / "claims.csv", pd.concat(tables, ignore_index=True).to_csv(index=False))
-    about["notebooks"] = [
-        {
+    about["notebooks"] = []
+    for p in planned:
+        file = out / "provenance" / f"{p.name}.json"
+        about["notebooks"].append({
             "name": p.name, "title": p.title, "status": p.status, "error": p.error, "seconds": round(p.seconds, 1),
-            "parameters": p.parameters, **_provenance(out / "provenance" / f"{p.name}.json"),
-        }
-        for p in planned
-    ]  # fmt: skip
+            "parameters": p.parameters, **(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}),
+        })  # fmt: skip
     pages.write(out / "run.json", json.dumps(about, indent=1))
     return report.write(out)
-
-
-def _provenance(file: Path) -> dict[str, object]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
