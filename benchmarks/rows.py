@@ -592,7 +592,7 @@ def _run_of(count: int) -> Callable[[], object]:
     """A run of so many notebooks that compute nothing, one after the other."""
     folder = Path(tempfile.mkdtemp())
     (folder / "profiles.yml").write_text("quick: {}", encoding="utf-8")
-    cells = [nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]})]
+    cells = [nbformat.v4.new_code_cell('output_dir = ""', metadata={"tags": ["parameters"]})]
     kernel = {"name": "python3", "display_name": "", "language": "python"}
     for number in range(count):
         empty = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})

@@ -104,8 +104,8 @@ def execute(
     """Execute notebooks side by side, the longest first; returns 0, or 1 where one failed (the others still run).
 
     items: each is executed into its ``folder`` and gets the outcome; one that is "ok" already is left alone.
-    environment: variables of the kernels. Of its ``COMPANION_JOBS`` processes, by default one a core, as many as there
-        are notebooks execute one each, and what is left over trains within each (more, when fewer are left).
+    environment: variables of the kernels. Of its ``COMPANION_JOBS`` processes, by default one a core or GPU, as many as
+        there are notebooks execute one each, and what is left over trains within each (more, when fewer are left).
     note: said before and after.
     timeout: seconds that one cell may take.
     record: called when an item has begun, and when it has ended.
@@ -116,8 +116,10 @@ def execute(
     from rich.console import Console
     from rich.live import Live
 
+    from helpers.problems import pick_device
+
     waiting = sorted((item for item in items if item.status != "ok"), key=lambda item: -item.minutes)
-    jobs = int(environment.get("COMPANION_JOBS", joblib.cpu_count()))
+    jobs = int(environment.get("COMPANION_JOBS", joblib.cpu_count() if pick_device().type == "cpu" else 1))
     side_by_side = max(1, min(len(waiting), jobs))
     share = out / ".jobs"  # kernels read it before each sweep, for what others leave free
     environment = {**environment, "COMPANION_JOBS": str(share), "OMP_NUM_THREADS": str(jobs // side_by_side)}
