@@ -193,7 +193,7 @@ class _Progress:
 def _one(item: Planned, environment: Mapping[str, str], timeout: int | None, alone: bool, record, say) -> str:
     """Execute one notebook into its folder, as .ipynb and .html, a partial copy where it fails; returns the outcome.
 
-    alone: whether this process prints what the kernel does; several would be jumbled, and get a log each.
+    alone: whether this process prints what its cells print; the prints of several would be jumbled.
     """
     from helpers.ledger import rules
 
@@ -201,9 +201,8 @@ def _one(item: Planned, environment: Mapping[str, str], timeout: int | None, alo
     say(f"{item.label}: started")
     try:
         record(item)
-        log = None if alone else (item.folder / f"{item.name}.log").open("w", encoding="utf-8")
-        with log or contextlib.nullcontext():
-            item.status, item.error = _through_papermill(item, environment, timeout, log)
+        with (item.folder / f"{item.name}.log").open("w", encoding="utf-8") as log:
+            item.status, item.error = _through_papermill(item, environment, timeout, log, sys.stdout if alone else log)
         item.seconds = time.perf_counter() - started
         if item.status != "stopped":
             _complete(item)
@@ -217,9 +216,9 @@ def _one(item: Planned, environment: Mapping[str, str], timeout: int | None, alo
 
 
 def _through_papermill(
-    item: Planned, environment: Mapping[str, str], timeout: int | None, log: TextIO | None
+    item: Planned, environment: Mapping[str, str], timeout: int | None, log: TextIO, shown: TextIO
 ) -> tuple[str, str]:
-    """Execute a notebook; returns its status and error."""
+    """Execute a notebook; returns its status and error. Cells print to ``shown``, the kernel's processes to ``log``."""
     import papermill
 
     # A run may be started from a cell of JupyterLab; nobody watches its notebooks (see live.in_browser).
@@ -231,8 +230,8 @@ def _through_papermill(
     try:
         papermill.execute_notebook(
             str(item.path), str(item.folder / f"{item.name}.ipynb"), given, kernel_name="python3",
-            engine_name="companion", progress_bar=False, stdout_file=log or sys.stdout,
-            stderr_file=log or sys.stderr, extra_arguments=["--log-level=CRITICAL", leave], execution_timeout=timeout,
+            engine_name="companion", progress_bar=False, stdout_file=shown, stderr_file=shown,
+            extra_arguments=["--log-level=CRITICAL", leave], execution_timeout=timeout,
             # Not papermill's own `cwd`: it would move the whole process, and other threads with it.
             kernel={"cwd": str(item.folder), "env": {**inherited, **environment}, "stdout": log, "stderr": log},
         )  # fmt: skip

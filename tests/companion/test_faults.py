@@ -26,10 +26,10 @@ from helpers.sweep.store import Store, StoreError, key_of
 pytestmark = pytest.mark.slow
 COMPANION = [sys.executable, "-c", "from companion.cli import main; main(prog_name='companion')"]
 
-# Small, and long enough to be hit in the middle: 12 trainings of about a third of a second each.
+# Small, and long enough to be hit in the middle: 6 trainings of about a third of a second each.
 TRAINING = """
 from helpers import sweep
-settings = sweep.grid(dict(dataset="digits", model="small_mlp", epochs=20, lr=lr), batch_size=[4, 5, 6, 7, 8, 9])
+settings = sweep.grid(dict(dataset="digits", model="small_mlp", epochs=20, lr=lr), batch_size=[4, 5, 6])
 frame = sweep.run(settings, range(seed, seed + 2), jobs=workers)
 """
 TRAINED = {"dataset": "digits", "model": "small_mlp", "epochs": 20}
@@ -168,7 +168,7 @@ def test_kill_9_of_the_runner(project, tmp_path, store_folder, moment):
 def assert_results_equal_serial(out, tmp_path):
     results = pd.read_parquet(out / "results.parquet")
     for lr, one in results.groupby("grid_lr"):
-        grid = sweep.grid({**TRAINED, "lr": lr}, batch_size=[4, 5, 6, 7, 8, 9])
+        grid = sweep.grid({**TRAINED, "lr": lr}, batch_size=[4, 5, 6])
         alone = sweep.run(grid, 2, jobs=1, store=Store(tmp_path / "alone")).drop(columns="seconds")
         columns = ["seed", "batch_size", "steps", "test_accuracy", "train_loss", "weight_norm"]
         pd.testing.assert_frame_equal(one[columns].reset_index(drop=True), alone[columns])
@@ -220,7 +220,8 @@ def test_ctrl_c_a_termination_and_a_closed_terminal_stop_it_within_5_seconds(
 ):
     number = getattr(signal, name)
     out = tmp_path / "out"
-    runner = start("rerun", "01", "--grid", "lr=0.1", "--profile", "quick", "--dataset", "digits", "--out", out)
+    points = ["--grid", "lr=0.1", "-p", "workers=1"]
+    runner = start("rerun", "01", *points, "--profile", "quick", "--dataset", "digits", "--out", out)
     until(lambda: kernels(runner))
     time.sleep(moment)
     below = psutil.Process(runner.pid).children(recursive=True)
@@ -350,11 +351,11 @@ def test_a_damaged_result_file(store_folder, file, damage):
 
 
 def test_two_runners_share_one_store(project, tmp_path, store_folder):
-    arguments = ["--profile", "quick", "--dataset", "digits"]
+    arguments = ["--profile", "quick", "--dataset", "digits", "-p", "workers=1"]
     both = [start("run", "--only", "01", *arguments, "--out", tmp_path / name) for name in ("one", "two")]
     said = [runner.communicate(timeout=300)[0] for runner in both]
     assert [runner.returncode for runner in both] == [0, 0], said
-    assert len(entries(store_folder)) == 12
+    assert len(entries(store_folder)) == 6
     tables = [pd.read_parquet(tmp_path / name / "tables/01_frame.parquet") for name in ("one", "two")]
     pd.testing.assert_frame_equal(*tables)
     assert_whole(store_folder)
