@@ -192,7 +192,7 @@ def test_without_mnist_and_network_digits_stand_in_and_it_is_said_loudly(tmp_pat
         raise DataError("no network")
 
     monkeypatch.setattr(builtin, "download", download)
-    small = {"epochs": 2, "more_epochs": 1, "early": 1, "seeds": 2}
+    small = {"epochs": 2, "more_epochs": 1, "early": 1, "seeds": 1}
     assert run.run("laptop", only=["05"], given=small, out=tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert said.count("MNIST IS NOT HERE") == 2

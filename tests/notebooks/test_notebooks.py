@@ -120,7 +120,10 @@ def test_plain_papermill_works_from_any_folder(tmp_path):
     notebook = parameters.notebooks()["00_start_here"]
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", "-k", "python3"]
     command += ["-p", "lr", "0.05", "-p", "epochs", "2", "-p", "output_dir", "."]
-    for last in (False, True):  # nbclient leaves one such execution in some hundreds without an end (see companion.run)
+    for last in (
+        False,
+        True,
+    ):  # nbclient leaves one such execution in some hundreds without an end (see companion.executor)
         try:
             subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=150)
             break
@@ -133,7 +136,7 @@ def test_plain_papermill_works_from_any_folder(tmp_path):
 @pytest.mark.slow
 def test_a_notebook_runs_on_the_real_mnist(mnist_root, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_DATA", str(mnist_root))
-    small = {"num_train": 2000, "epochs": 2, "more_epochs": 1, "early": 1}
+    small = {"num_train": 2000, "epochs": 2, "more_epochs": 1, "early": 1, "seeds": 1}
     assert run.run("laptop", "auto", only=["05"], given=small, out=tmp_path / "out") == 0
     table = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert not table["why"].fillna("").str.contains("another set-up").any()
