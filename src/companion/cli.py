@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from companion import __version__
 
 FOLDER = click.Path(path_type=Path)
-JOBS = click.option("--jobs", type=int, help="Processes in all, over notebooks side by side.  [default: one a core]")
+JOBS = click.option("--jobs", type=int, help="Processes side by side, in all.  [default: one a core]")
 CLUSTER = click.option("--cluster", metavar="ADDRESS", help="Train on the workers of this Dask scheduler.")
 SHARED = (
     click.option("--profile", default="laptop", show_default=True, help="Values: quick, laptop, paper, reference."),
