@@ -573,7 +573,7 @@ def cost_growth(bench: Bench) -> list[Line]:
         "batch sizes": {n: _sweep(sweep.grid(base, batch_size=[64 + i for i in range(n)]), 1, 1) for n in counts},
         "training examples": {few * n: training(few * n) for n in counts},
         "width (one hidden layer)": {width * n: training(few, _one_hidden_layer(width * n)) for n in counts},
-        "notebooks": {n: functools.partial(_run_of, n) for n in counts[:2]},
+        "notebooks": {n: functools.partial(_run_of, n) for n in counts[:3]},
         "points of a grid": {few // 30 * n: functools.partial(_grid_of, few // 30 * n) for n in counts},
         "entries of the store": {few // 15 * n: functools.partial(_store_of, few // 15 * n) for n in counts},
     }
