@@ -5,6 +5,7 @@ import sys
 
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -349,6 +350,46 @@ def test_the_history_has_a_row_per_record_and_replica():
     assert history["test_accuracy"].between(0, 1).all()
     assert one["distance_from_init"].iloc[0] == 0
     assert one["distance_from_init"].iloc[-1] > 0
+
+
+@pytest.mark.parametrize("lr", [0.05, (0.05, 1e9, 0.1)])
+def test_the_history_is_the_records_value_by_value(lr):
+    training = train(seeds=[3, 1, 3], batch_size=200, lr=lr, measures=geometry.distances).advance(epochs=2)
+    rows = [
+        {k: v[replica].item() if torch.is_tensor(v) else v for k, v in row.items()} | {"seed": seed, "replicas": 3}
+        for replica, seed in enumerate([3, 1, 3])
+        for row in training._history.rows
+    ]
+    pd.testing.assert_frame_equal(training.history, pd.DataFrame(rows), check_exact=True)
+    resumed = train(seeds=[3, 1, 3], batch_size=200, lr=lr, measures=geometry.distances)
+    resumed.resume(training.state(), training.history)
+    pd.testing.assert_frame_equal(training.history, resumed.history, check_exact=True)
+    assert list(training.history.dtypes) == list(resumed.history.dtypes)
+
+
+@pytest.mark.parametrize(("split", "other"), [("test", "train"), ("train", "test")])
+def test_a_record_of_one_split_leaves_the_other_out(split, other):
+    both, one = (train(seeds=[0, 1], batch_size=50) for _ in range(2))
+    both.advance(steps=5, record=False).record()
+    one.advance(steps=5, record=False).record([split])
+    measures = [f"{split}_loss", f"{split}_accuracy"]
+    assert one.history[measures].equals(both.history[measures])
+    assert one.history[[f"{other}_loss", f"{other}_accuracy", "generalization_gap"]].isna().all(axis=None)
+    assert one.history.diverged_at.isna().all()
+    with torch.no_grad():
+        one.stack.kernel.head.weight[0] = math.nan
+    one.record([split])
+    assert one.diverged_at.tolist() == [5, pytest.approx(math.nan, nan_ok=True)]
+
+
+def test_a_record_takes_an_evaluation_that_is_known(monkeypatch):
+    training = train(seeds=[0, 1])
+    known = {split: training.evaluate(split) for split in ("train", "test")}
+    training.record()
+    monkeypatch.setattr(training, "evaluate", None)
+    training.record(known=known)
+    first, second = (one.reset_index(drop=True) for _, one in training.history.groupby(training.history.index % 2))
+    pd.testing.assert_frame_equal(first, second)
 
 
 def test_record_steps_adds_records_counted_from_the_start():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 
 _SHARED = ("steps", "epochs", "examples_seen", "seconds", "batch_size_now")
+_EVALUATED = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
 class History:
@@ -44,14 +47,14 @@ class History:
 
     def add(self, axes: Mapping[str, object], evaluated: Mapping[str, torch.Tensor],
             measured: Mapping[str, torch.Tensor]) -> None:  # fmt: skip
-        """Add a row: the axes of now, the evaluation of both splits, and measures of the weights."""
+        """Add a row: the axes of now, the evaluation, NaN where there was none, and measures of the weights."""
         steps = axes["steps"]
         sizes, losses = self.take_losses(steps)
-        running = (losses * sizes[:, None]).sum(0) / sizes.sum()  # averaged by examples; NaN before the first step
-        train_loss = evaluated["train_loss"]
-        self.diverged_at = torch.where(
-            self.diverged_at.isnan() & ~train_loss.isfinite(), float(steps), self.diverged_at
-        )
+        # Averaged by examples; NaN before the first step. Row by row, for a sum over rows has a stack's own bits.
+        running = torch.stack([one.sum() for one in (losses.T * sizes).contiguous()]) / sizes.sum()
+        loss = next(v for k, v in evaluated.items() if k.endswith("_loss"))
+        self.diverged_at = torch.where(self.diverged_at.isnan() & ~loss.isfinite(), float(steps), self.diverged_at)
+        evaluated = {**dict.fromkeys(_EVALUATED, torch.full_like(loss, math.nan)), **evaluated}
         self.rows.append({
             **axes, "minibatch_loss": running, **evaluated,
             "generalization_gap": evaluated["train_accuracy"] - evaluated["test_accuracy"],
@@ -60,20 +63,24 @@ class History:
 
     def frame(self, seeds: Sequence[int]) -> pd.DataFrame:
         """One row per record and replica, replica by replica."""
-        frames = []
-        for replica, seed in enumerate(seeds):
-            rows = [{k: v[replica].item() if torch.is_tensor(v) else v for k, v in r.items()} for r in self.rows]
-            frames.append(pd.DataFrame(rows).assign(seed=seed, replicas=self.replicas))
-        return pd.concat(frames, ignore_index=True)
+        columns: dict[str, np.ndarray] = {}
+        for name in dict.fromkeys(itertools.chain(*self.rows)):
+            values = [row.get(name, math.nan) for row in self.rows]
+            if any(torch.is_tensor(value) for value in values):
+                each = [torch.as_tensor(value, dtype=torch.float64).expand(self.replicas) for value in values]
+                columns[name] = torch.stack(each, 1).flatten().numpy()
+            else:
+                columns[name] = np.tile(values, self.replicas)
+        return pd.DataFrame(columns).assign(seed=np.repeat(seeds, len(self.rows)), replicas=self.replicas)
 
     def resume(self, groups: Sequence[pd.DataFrame]) -> dict[str, object]:
         """Take over the rows of ``frame``, one frame a replica; returns the last row."""
         shared = [k for k in groups[0] if k in _SHARED or (k == "lr_now" and _all_equal(groups))]
-        self.rows = [
-            {k: groups[0][k].iloc[i] if k in shared else torch.tensor([float(g[k].iloc[i]) for g in groups],
-                                                                     dtype=torch.float64) for k in groups[0]}
-            for i in range(len(groups[0]))
-        ]  # fmt: skip
+        columns = {
+            k: groups[0][k] if k in shared else torch.tensor(np.stack([g[k].to_numpy(float) for g in groups], 1))
+            for k in groups[0]
+        }
+        self.rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
         self.diverged_at = self.rows[-1]["diverged_at"].clone()
         return self.rows[-1]
 

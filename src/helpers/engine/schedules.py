@@ -49,8 +49,17 @@ def schedule(points: Mapping[float, float], *, linear: bool = False) -> Schedule
 
 
 def values_of(setting: object) -> list[object]:
-    """List the values that a setting takes: a schedule's, or the setting itself."""
+    """List the values that a setting takes: a schedule's, those of each in a tuple, or the setting itself."""
+    if isinstance(setting, tuple):
+        return [value for each in setting for value in values_of(each)]
     return [value for _, value in setting.points] if isinstance(setting, Schedule) else [setting]
+
+
+def at_epoch(lr: float | Schedule | tuple, epoch: float) -> float | tuple[float, ...]:
+    """A learning rate at an epoch: a schedule's, the number itself, or a tuple of these, one a replica."""
+    if isinstance(lr, tuple):
+        return tuple(at_epoch(each, epoch) for each in lr)
+    return float(lr(epoch) if isinstance(lr, Schedule) else lr)
 
 
 def check_examples(name: str, value: object, num_train: int) -> int:

@@ -21,7 +21,15 @@ from helpers.engine.history import History
 from helpers.engine.micro import MicroBatches
 from helpers.engine.optimizers import check_optimizer
 from helpers.engine.order import Order
-from helpers.engine.schedules import Schedule, check_above, check_batch_size, check_examples, check_lr, values_of
+from helpers.engine.schedules import (
+    Schedule,
+    at_epoch,
+    check_above,
+    check_batch_size,
+    check_examples,
+    check_lr,
+    values_of,
+)  # fmt: skip
 from helpers.problems import Problem
 
 # Raise this when a change alters results: what the store holds under an older number is computed again.
@@ -36,7 +44,7 @@ class Training:
     problem: data, network and loss.
     seeds: of the replicas; a seed may stand twice, with two rates.
     batch_size: examples a step, or a ``Schedule`` over epochs.
-    lr: learning rate, a ``Schedule``, or one number a replica.
+    lr: learning rate, a ``Schedule``, or one of these a replica.
     optimizer: ``"sgd"`` (with ``momentum``), ``"adam"`` or ``"adamw"`` (with ``betas``), a ``torch.optim`` class, or a
         factory that takes one replica's parameters.
     clip_norm: the most that the norm of a replica's gradient may be; longer ones are scaled down.
@@ -58,7 +66,7 @@ class Training:
         *,
         seeds: Sequence[int] = (0,),
         batch_size: int | Schedule = 64,
-        lr: float | Schedule | Sequence[float] = 0.01,
+        lr: float | Schedule | Sequence[float | Schedule] = 0.01,
         optimizer: str | Callable = "sgd",
         momentum: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -119,20 +127,20 @@ class Training:
 
     @property
     def lr(self) -> float | tuple[float, ...]:
-        """The learning rate of the next step, or each replica's. Takes a number, a Schedule or a number a replica."""
+        """The learning rate of the next step, or each replica's. Takes a number, a Schedule, or one a replica."""
         return self._lr
 
     @lr.setter
-    def lr(self, value: float | Schedule | Sequence[float]) -> None:
-        self._lr_schedule = value if isinstance(value, Schedule) else None
+    def lr(self, value: float | Schedule | Sequence[float | Schedule]) -> None:
         if isinstance(value, Sequence) and not isinstance(value, str):
+            value = tuple(value)
             if len(value) != len(self.seeds):
                 raise ValueError(f"lr has {len(value)} rates for {len(self.seeds)} replicas; expected one a replica")
-            self._lr = tuple(check_lr(v) for v in value)
-            return
         for v in values_of(value):
             check_lr(v)
-        self._lr = float(value(self.epoch) if isinstance(value, Schedule) else value)
+        every = value if isinstance(value, tuple) else (value,)
+        self._lr_schedule = value if any(isinstance(each, Schedule) for each in every) else None
+        self._lr = at_epoch(value, self.epoch)
 
     @property
     def momentum(self) -> float:
@@ -164,7 +172,7 @@ class Training:
         if self._batch_schedule is not None:
             self._batch_size = int(self._batch_schedule(self.epoch))
         if self._lr_schedule is not None:
-            self._lr = self._lr_schedule(self.epoch)
+            self._lr = at_epoch(self._lr_schedule, self.epoch)
         started = time.perf_counter()
         indices = self.next_indices()
         losses = self._micro.gradient(self.stack.train(), indices, self.steps)
@@ -207,15 +215,23 @@ class Training:
 
     # Evaluation and history.
 
-    def record(self) -> None:
-        """Evaluate on the training and test set, and add a row a replica to the history."""
+    def record(
+        self,
+        splits: Sequence[str] = ("train", "test"),
+        known: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
+        """Evaluate, and add a row a replica to the history; what is not evaluated is NaN in it.
+
+        splits: to evaluate. known: what ``evaluate`` would return, by split, where it is known already.
+        """
         if self.dataset.device.type != "cpu":
             started = time.perf_counter()
             self._history.wait()
             self.seconds += time.perf_counter() - started
         evaluated = {}
-        for split in ("train", "test"):
-            evaluated[f"{split}_loss"], evaluated[f"{split}_accuracy"] = self.evaluate(split)
+        for split in splits:
+            losses, accuracies = known[split] if known else self.evaluate(split)
+            evaluated |= {f"{split}_loss": losses, f"{split}_accuracy": accuracies}
         measured = {}
         if self._measures is not None:
             with torch.no_grad():
@@ -298,8 +314,9 @@ class Training:
 
     def resume(self, state: Mapping[str, torch.Tensor], history: pd.DataFrame) -> None:
         """Go on from a ``state`` and the ``history`` that led to it (as those two gave them, for the same seeds)."""
-        groups = [history[history["seed"] == seed].drop(columns=["seed", "replicas"]) for seed in self.seeds]
-        last = self._history.resume(groups)
+        records = len(history) // len(self.seeds)
+        history = history.drop(columns=["seed", "replicas"])
+        last = self._history.resume([history[i : i + records] for i in range(0, len(history), records)])
         self.steps, self.examples_seen, self.seconds = int(last["steps"]), int(last["examples_seen"]), last["seconds"]
         parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}}
         for name, value in state.items():
