@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers import Dataset, Net, Problem, Solution, Training, problems
+from helpers import Dataset, Net, Problem, Solution, Training, problems, schedule
 from helpers.engine import stack
+from helpers.measure import geometry
+from helpers.problems import nets
 
 X = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
 DATA = Dataset.of(X, (X[:, 0] > 0).long() + (X[:, 1] > 0).long(), X[:20], torch.arange(20) % 3, device="cpu")
@@ -29,6 +31,7 @@ def one_by_one():
     return nn.Sequential(nn.Linear(5, 3_000), nn.ReLU(), nn.Linear(3_000, 3))  # too large for vmap to pay
 
 
+DIGITS = problems.load("digits", num_train=100, device="cpu")
 PROBLEMS = {
     "vmap": Problem(DATA, Net(mlp)),
     "one by one": Problem(DATA, Net(one_by_one)),
@@ -36,6 +39,7 @@ PROBLEMS = {
     "kernel": problems.named("digits", "small_mlp", num_train=50, device="cpu"),
     "kernel, batch norm": problems.named("digits", "small_mlp", num_train=50, norm="batch", device="cpu"),
 }
+SHARING = Problem(DIGITS, Net(functools.partial(nets.MLP, (1, 8, 8), 10, [300], nets.xavier_normal)))
 OPTIMIZERS = {
     "momentum": {"momentum": 0.9, "weight_decay": 0.01},
     "rates and momentum": {"momentum": 0.9, "lr": [0.01, 0.03]},
@@ -233,6 +237,51 @@ def test_rates_may_part_between_steps(name, options):
         single.advance(steps=3, record=False)
         for n, w in single.weights().items():
             assert (stacked.weights()[n][replica] - w[0]).abs().max() <= 2e-6, n
+
+
+RATES = (0.002, schedule({0: 0.001, 2: 0.01}, linear=True), 0.05, 30.0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 20, 100])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"optimizer": "adam"}, {"optimizer": "adamw", "weight_decay": 0.1}],
+    ids=["sgd", "momentum", "decay", "adam", "adamw"],
+)
+def test_rates_side_by_side_equal_each_alone_to_the_bit(options, batch_size):
+    options = {"batch_size": batch_size, "measures": geometry.distances, **options}
+    stacked = Training(SHARING, seeds=[2] * 4, lr=RATES, **options).advance(epochs=3, record_steps=[7])
+    records = len(stacked.history) // 4
+    for replica, lr in enumerate(RATES):
+        single = Training(SHARING, seeds=[2], lr=lr, **options).advance(epochs=3, record_steps=[7])
+        assert same({n: w[replica : replica + 1] for n, w in stacked.weights().items()}, single.weights())
+        mine = stacked.history[replica * records :][:records].reset_index(drop=True)
+        assert mine.drop(columns=["seconds", "replicas"]).equals(single.history.drop(columns=["seconds", "replicas"]))
+        states = stacked.state(), single.state()
+        assert same({n: v[replica : replica + 1] for n, v in states[0].items()}, states[1])
+
+
+def test_replicas_of_one_seed_share_the_copy_of_a_minibatch():
+    x, y = Training(SHARING, seeds=[2, 2, 2], batch_size=20).stack.batch(torch.arange(20).expand(3, -1))
+    assert x.stride(0) == y.stride(0) == 0 and torch.equal(x[2], SHARING.dataset.batch(torch.arange(20))[0])
+    shared = Training(SHARING, seeds=[2, 2], batch_size=20).next_indices()
+    apart = Training(SHARING, seeds=[2, 3], batch_size=20).next_indices()
+    assert shared.stride(0) == 0 and torch.equal(shared[1], apart[0]) and not torch.equal(apart[0], apart[1])
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adam"}], ids=["momentum", "adam"])
+def test_a_resumed_stack_of_rates_continues_to_the_bit(options):
+    def new():
+        return Training(SHARING, seeds=[2] * 4, lr=RATES, batch_size=30, **options)
+
+    through, first, resumed = new(), new(), new()
+    for training in (through, first):
+        training.advance(epochs=1)
+    resumed.resume(first.state(), first.history)
+    for training in (through, resumed):
+        training.advance(epochs=2)
+    assert same(through.weights(), resumed.weights())
+    assert through.history.drop(columns="seconds").equals(resumed.history.drop(columns="seconds"))
 
 
 def test_vmapped_replicas_equal_single_runs():

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 
@@ -7,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import Solution, Training, problems, schedule, sweep
+from helpers import Dataset, Net, Problem, Solution, Training, problems, schedule, sweep
 from helpers.measure import gradients, landscape
+from helpers.problems import nets
 from helpers.sweep import jobs as jobs_module
 from helpers.sweep import settings as settings_module
 from helpers.sweep import trainings
@@ -17,6 +19,8 @@ from helpers.sweep.store import Store, key_of
 BLOBS = {"dataset": "blobs", "model": "brownlee_mlp", "batch_size": 100, "lr": 0.05, "epochs": 2}
 BLOBS_PROBLEM = problems.named("blobs", "brownlee_mlp", device="cpu")
 STEPS = {**BLOBS, "steps": 40, "record_steps": tuple(range(0, 40, 4))}
+NET = functools.partial(nets.MLP, (1, 8, 8), 10, [300], nets.xavier_normal)  # its rates share each minibatch
+RATES = {"problem": Problem(problems.load("digits", num_train=200, device="cpu"), Net(NET)), "batch_size": 40}
 SHEN = {"dataset": "digits", "num_train": 100, "model": "shen_mlp", "batch_size": 50, "epochs": 1}
 
 
@@ -25,9 +29,9 @@ def trained(monkeypatch):
     """Each job's settings, seeds, and whether it went on from a trunk, as the jobs run."""
     real, jobs = trainings._train, []
 
-    def spy(s, seeds, snapshots, branch_at, trunk):
+    def spy(s, seeds, snapshots, branch_at, trunk, starts):
         jobs.append((s, list(seeds), trunk is not None))
-        return real(s, seeds, snapshots, branch_at, trunk)
+        return real(s, seeds, snapshots, branch_at, trunk, starts)
 
     monkeypatch.setattr(trainings, "_train", spy)
     return jobs
@@ -279,6 +283,107 @@ def test_an_interrupted_sweep_keeps_the_finished_jobs(monkeypatch, trained):
     assert [s["lr"] for s, _, _ in trained] == [0.1, 0.2, 0.3]
 
 
+# Rates of one seed in a stack
+
+STACKED = [0.01, schedule({0: 0.01, 1: 0.3}), 0.1, schedule({0: 0.003, 2: 0.2}, linear=True), 1e30]
+
+
+def assert_same_runs(a, b):
+    """Equal to the bit, but for the size of the stack and the time it took."""
+    assert_same(*(frame.drop(columns="replicas") for frame in (a, b)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 2}, {"epochs": 2, "momentum": 0.9}, {"epochs": 2, "optimizer": "adam", "record_every": 2},
+     {"steps": 12, "record_steps": (1, 3, 5, 7)}],
+    ids=["sgd", "momentum", "adam", "steps"],
+)  # fmt: skip
+def test_rates_in_a_stack_equal_each_alone_to_the_bit(tmp_path, trained, options):
+    settings = sweep.grid(RATES | options, lr=STACKED)
+    together = sweep.run(settings, [5, 1], jobs=1)
+    assert [(s["lr"], seeds) for s, seeds, _ in trained] == [(tuple(STACKED), [5] * 5), (tuple(STACKED), [1] * 5)]
+    alone = [sweep.run([one], [5, 1], jobs=1, store=Store(tmp_path / "alone")) for one in settings]
+    assert len(trained) == 2 + 10
+    assert_same_runs(together, pd.concat(alone))
+    diverged = together.groupby(["seed", "lr"], sort=False).diverged_at.max().notna()
+    assert diverged.tolist() == [False] * 8 + [True] * 2
+    assert set(together.replicas) == {5} and set(alone[0].replicas) == {1}
+
+
+def test_stacks_of_rates_are_the_same_in_one_process_and_in_two(tmp_path, monkeypatch, trained):
+    monkeypatch.setattr(jobs_module, "_WORTH_WORKERS", 0.0)
+    settings = [one for b in (20, 40) for one in sweep.grid(RATES | {"epochs": 1, "batch_size": b}, lr=STACKED)]
+    one, two = (sweep.run(settings, [0], jobs=n, store=Store(tmp_path / str(n))) for n in (1, 2))
+    assert_same_runs(one, two)
+    assert sorted(stored(Store(tmp_path / "1"))) == sorted(stored(Store(tmp_path / "2")))
+
+
+def test_stacks_are_split_where_there_are_fewer_than_processes(monkeypatch, trained):
+    monkeypatch.setattr(joblib, "parallel_config", lambda *_, **__: joblib.parallel_backend("sequential"))
+    sweep.run(sweep.grid(RATES | {"epochs": 1}, lr=STACKED), 1, jobs=2)
+    assert [len(seeds) for _, seeds, _ in trained] == [3, 2]
+    sweep.run(sweep.grid(RATES | {"epochs": 2}, lr=STACKED), 2, jobs=2)
+    assert [len(seeds) for _, seeds, _ in trained[2:]] == [5, 5]
+
+
+def test_a_half_done_stack_is_resumed_with_the_rates_it_lacks(tmp_path, trained):
+    settings = sweep.grid(RATES | {"epochs": 2}, lr=STACKED)
+    sweep.run([settings[3], settings[0]], 1, jobs=1)
+    trained.clear()
+    resumed = sweep.run([*settings, settings[2]], 1, jobs=1)  # one of them twice
+    assert [s["lr"] for s, _, _ in trained] == [(STACKED[1], STACKED[2], STACKED[4])]
+    whole = sweep.run([*settings, settings[2]], 1, jobs=1, store=Store(tmp_path / "whole"))
+    assert_same_runs(resumed, whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}], ids=["sgd", "adam"])
+def test_rates_branch_off_their_trunks_as_a_stack(tmp_path, trained, options):
+    settings = sweep.grid(RATES | {"epochs": 3, **options}, batch_size=schedule({0: 40, 1: 100}), lr=[0.01, 0.02])
+    branched = sweep.run(settings, 1, snapshots=[0, 3], branch_at=1, jobs=1)
+    assert [(s["epochs"], len(seeds), on_trunk) for s, seeds, on_trunk in trained] == [(1, 2, False), (3, 2, True)]
+    alone = [sweep.run([one], 1, snapshots=[0, 3], jobs=1, store=Store(tmp_path / "alone")) for one in settings]
+    assert_same_runs(branched, pd.concat(alone))
+    for key in branched["run"].unique():
+        kept, own = Store().arrays(key), Store(tmp_path / "alone").arrays(key)
+        assert kept.keys() == own.keys() and all(np.array_equal(kept[name], own[name]) for name in kept)
+
+
+def test_runs_to_a_target_are_trained_apart_and_evaluated_on_its_split_alone(tmp_path, trained, monkeypatch):
+    evaluated, real = [], Training.evaluate
+    monkeypatch.setattr(Training, "evaluate", lambda self, split="test": evaluated.append(split) or real(self, split))
+    to = {"steps": 12, "record_steps": (1, 3, 5, 7), "target": ("test_accuracy", 0.5)}
+    settings = sweep.grid(RATES | to, lr=[0.01, 0.3, 1e30])
+    frame = sweep.run(settings, 1, jobs=1)
+    assert [seeds for _, seeds, _ in trained] == [[0]] * 3 and set(evaluated) == {"test"}
+    whole = sweep.run([one | {"target": None} for one in settings], 1, jobs=1, store=Store(tmp_path / "whole"))
+    ends = frame.groupby("lr").steps.max()
+    assert ends[0.01] == 12 and 1 < ends[0.3] < 12 and ends[1e30] < 12
+    shown = ["lr", "steps", "minibatch_loss", "test_loss", "test_accuracy", "diverged_at", "distance_from_init"]
+    kept = whole[whole.steps <= whole.lr.map(ends)]
+    pd.testing.assert_frame_equal(frame[shown], kept[shown].reset_index(drop=True), check_exact=True)
+    assert frame[["train_loss", "train_accuracy", "generalization_gap"]].isna().all(axis=None)
+
+
+def test_an_untrained_network_is_evaluated_once(monkeypatch):
+    starts, real = [], Training.evaluate
+
+    def spy(self, split="test"):
+        starts.extend([(split, *self.seeds)] if not self.steps else [])
+        return real(self, split)
+
+    monkeypatch.setattr(Training, "evaluate", spy)
+    problem = Problem(problems.load("digits", num_train=150, device="cpu"), Net(NET))
+    settings = sweep.grid({"problem": problem, "epochs": 1}, batch_size=[50, 100], lr=[0.1, 0.2])
+    frame = sweep.run(settings, 2, jobs=1)
+    assert sorted(starts) == [(split, seed) for split in ("test", "train") for seed in (0, 1)]
+    for seed, one in frame[frame.steps == 0].groupby("seed"):
+        alone = Training(problem, seeds=[seed])
+        alone.record()
+        for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
+            assert set(one[name]) == set(alone.history[name])
+
+
 # Branches
 
 
@@ -525,6 +630,13 @@ def test_a_target_that_cannot_be_reached_from_below_is_refused(target, tmp_path)
         sweep.run(
             [{"dataset": "blobs", "model": "brownlee_mlp", "steps": 3, "target": target}], 1, store=Store(tmp_path)
         )
+
+
+def test_a_target_on_a_split_without_examples_is_refused():
+    data = Dataset.of(torch.randn(8, 2), torch.arange(8) % 2, device="cpu")
+    problem = Problem(data, Net(functools.partial(torch.nn.Linear, 2, 2)))
+    with pytest.raises(ValueError, match=r"target is \('test_accuracy', 0.5\), but data has no test examples"):
+        sweep.run([{"problem": problem, "batch_size": 4, "steps": 2, "target": ("test_accuracy", 0.5)}], 1)
 
 
 def test_spectra_are_of_the_loss_a_network_was_trained_with(tmp_path):

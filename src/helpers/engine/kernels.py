@@ -95,10 +95,14 @@ class Factors(NamedTuple):
     given: torch.Tensor
 
     @torch.no_grad()
-    def add_to(self, tensors: Mapping[str, torch.Tensor], alpha: float) -> None:
-        """Add ``alpha`` times the gradient to tensors of the parameters' names and shapes."""
+    def add_to(self, tensors: Mapping[str, torch.Tensor], alpha: float | tuple[float, ...]) -> None:
+        """Add ``alpha``, one number or one a replica, times the gradient to tensors of the parameters' names."""
         weight, bias = (tensors[f"{self.layer}.{kind}"][self.replica] for kind in ("weight", "bias"))
         delta, given, examples = self.delta, self.given, self.delta.shape[-2]
+        if isinstance(alpha, tuple) and delta.dim() == 3:
+            delta, alpha = delta * torch.tensor(alpha, device=delta.device).view(-1, 1, 1), 1.0
+        elif isinstance(alpha, tuple):
+            alpha = alpha[self.replica]
         bias.add_(delta.sum(-2), alpha=alpha)
         if delta.dim() == 3:
             weight.baddbmm_(delta.transpose(1, 2), given, alpha=alpha)

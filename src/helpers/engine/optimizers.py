@@ -55,8 +55,13 @@ def make(
     return Elementwise(stack, kind)
 
 
-def _per_replica(lr: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(lr, device=like.device, dtype=like.dtype).view(-1, *[1] * (like.dim() - 1))
+def _add(p: torch.Tensor, value: torch.Tensor, alpha: Rate) -> None:
+    """p ← p + alpha·value; where rates differ, one replica after the other, each with the bits that it has alone."""
+    if not isinstance(alpha, tuple):
+        p.add_(value, alpha=alpha)
+        return
+    for own, its_value, its_alpha in zip(p.unbind(), value.unbind(), alpha):
+        own.add_(its_value, alpha=its_alpha)
 
 
 class Descent:
@@ -73,27 +78,19 @@ class Descent:
     @torch.no_grad()
     def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
         """Update every replica. ``gradients``: to use in place of the stack's own, which may be factors."""
-        factors = stack.factors if gradients is None and not isinstance(lr, tuple) else ()
+        factors = stack.factors if gradients is None else ()
         found = {} if factors else stack.gradients() if gradients is None else gradients
+        down = tuple(-rate for rate in lr) if isinstance(lr, tuple) else -lr
         plain = not (self.momentum or self.weight_decay)
         if not plain:
             self._decay_velocity(stack.parameters)
-        into, alpha = (
-            (self._velocity, 1.0) if not plain else (stack.parameters, -lr if not isinstance(lr, tuple) else 0.0)
-        )
+        into, alpha = (stack.parameters, down) if plain else (self._velocity, 1.0)
         for each in factors:
             each.add_to(into, alpha)
-        for name, p in stack.parameters.items():
-            if name in found and not plain:
-                into[name].add_(found[name], alpha=alpha)
-            if isinstance(lr, tuple):
-                moved = found.get(name) if plain else into[name]
-                if moved is not None:
-                    p.sub_(moved * _per_replica(lr, p))
-            elif plain and name in found:
-                p.add_(found[name], alpha=alpha)
-            elif not plain:
-                p.sub_(into[name], alpha=lr)
+        for name, gradient in found.items():
+            _add(into[name], gradient, alpha)
+        for name, velocity in self._velocity.items() if not plain else ():
+            _add(stack.parameters[name], velocity, down)
 
     def _decay_velocity(self, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, p in parameters.items():
@@ -111,47 +108,62 @@ class Descent:
 
 
 class Elementwise:
-    """One torch optimizer on the stack itself: right where each weight's update depends on that weight alone."""
+    """One torch optimizer on the stack itself: right where each weight's update depends on that weight alone.
+
+    Where rates differ, it has a group a replica.
+    """
 
     def __init__(self, stack: Stack, kind: Callable):
-        self._parameters = stack.parameters
-        self._kind = kind
+        self._stack, self._kind = stack, kind
+        self._apart = False  # whether there is a group a replica
 
     @functools.cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
         """Built when first needed: the first optimizer of a process takes more than a second."""
-        return self._kind(list(self._parameters.values()))
+        return self._kind([{"params": list(group.values())} for group in self._groups()])
+
+    def _groups(self) -> list[dict[str, torch.Tensor]]:
+        if self._apart:
+            return [self._stack.leaves(replica) for replica in range(self._stack.replicas)]
+        return [self._stack.parameters]
 
     def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
+        if isinstance(lr, tuple) != self._apart:
+            state, self._apart = self.state(), not self._apart
+            del self._optimizer
+            self.load(state)
         if gradients is None and stack.factors:
-            for p in self._parameters.values():
+            for p in stack.parameters.values():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-            own = {name: p.grad for name, p in self._parameters.items()}
+            found = {name: p.grad for name, p in stack.parameters.items()}
             for factors in stack.factors:
-                factors.add_to(own, alpha=1.0)
+                factors.add_to(found, alpha=1.0)
         else:
             found = stack.gradients() if gradients is None else gradients
-            for name, p in self._parameters.items():
+            for name, p in stack.parameters.items():
                 p.grad = found.get(name)
-        each = isinstance(lr, tuple)  # then a step of rate 1, of which each replica takes its rate's share
-        before = [p.detach().clone() for p in self._parameters.values()] if each else []
-        for group in self._optimizer.param_groups:
-            group["lr"] = 1.0 if each else lr
+        rates = lr if self._apart else (lr,)
+        for replica, (group, rate) in enumerate(zip(self._optimizer.param_groups, rates)):
+            group["lr"] = rate
+            for name, leaf in self._groups()[replica].items() if self._apart else ():
+                leaf.grad = found[name][replica] if name in found else None
         self._optimizer.step()
-        for p, old in zip(self._parameters.values(), before):
-            p.data.copy_(old.lerp(p.data, _per_replica(lr, p)))
 
     def state(self) -> dict[str, torch.Tensor]:
-        state, replicas = {}, len(next(iter(self._parameters.values())))
-        for name, p in self._parameters.items():
+        state, groups = {}, self._groups()
+        for name, p in groups[0].items():
             for key, value in self._optimizer.state[p].items():
-                state[f"{name}/{key}"] = value.expand(replicas) if value.ndim == 0 else value
+                if self._apart:
+                    value = torch.stack([self._optimizer.state[group[name]][key] for group in groups])
+                state[f"{name}/{key}"] = value.expand(self._stack.replicas) if value.ndim == 0 else value
         return state
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         for path, value in state.items():
             name, _, key = path.rpartition("/")
-            self._optimizer.state[self._parameters[name]][key] = value if value.ndim > 1 else value[0]
+            for replica, group in enumerate(self._groups()):
+                own = value[replica] if self._apart or value.ndim == 1 else value
+                self._optimizer.state[group[name]][key] = own.clone()  # steps counted apart, in memory of their own
 
 
 class PerReplica:

@@ -26,9 +26,13 @@ class Order:
         self._epoch, self._order = -1, torch.empty(0)
 
     def next(self, examples_seen: int, batch_size: int) -> torch.Tensor:
-        """Return the next minibatch: int64 ``(replicas, batch)``; the last one of an epoch may be shorter."""
+        """Return the next minibatch: int64 ``(replicas, batch)``; the last one of an epoch may be shorter.
+
+        Replicas of one seed alone share memory: their axis has stride 0.
+        """
         epoch, cursor = divmod(examples_seen, self.num_examples)
         if epoch != self._epoch:
-            order = [epoch_order(self.num_examples, seed, epoch) for seed in self.seeds]
-            self._epoch, self._order = epoch, torch.stack(order).to(self.device)
+            seeds = self.seeds[:1] if len(set(self.seeds)) == 1 else self.seeds
+            order = torch.stack([epoch_order(self.num_examples, seed, epoch) for seed in seeds])
+            self._epoch, self._order = epoch, order.to(self.device).expand(len(self.seeds), -1)
         return self._order[:, cursor : cursor + batch_size]

@@ -22,6 +22,7 @@ from helpers.problems.problem import call
 _CHUNK = 250  # examples of a forward pass without a graph, on a CPU; a device takes 1,000
 # Below so many parameters a replica, a step's overhead outweighs its arithmetic, and vmap shares it among replicas.
 _VMAP_BELOW = kernels.BATCHED_BELOW
+_SHARING_BELOW = 250_000  # parameters of a replica; more take longer to multiply than their minibatch to copy
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, kernels.BatchNorm, kernels.nets.GhostBatchNorm)
 
 
@@ -47,6 +48,15 @@ def num_parameters(problem: Problem) -> int:
 def bits_depend_on_stack(problem: Problem) -> bool:
     """Whether the last bits of a replica's result on a CPU depend on the replicas beside it."""
     return _fast_path(problem, problem.net.module(0)) is not None and num_parameters(problem) < kernels.BATCHED_BELOW
+
+
+def sharing_pays(problem: Problem) -> bool:
+    """Whether replicas of one seed train faster side by side on a CPU, with the bits of each alone.
+
+    They share the copy of each minibatch, a tenth of a step of a small perceptron.
+    """
+    kernel = _fast_path(problem, problem.net.module(0))
+    return kernel is kernels.MLP and kernels.BATCHED_BELOW <= num_parameters(problem) < _SHARING_BELOW
 
 
 def _stack(problem: Problem, modules: Sequence[nn.Module], seeds: Sequence[int]) -> Stack:
@@ -171,6 +181,11 @@ class Kernel(Stack):
     @property
     def chunk(self) -> int:
         return self.kernel.evaluation_chunk if self.problem.dataset.device.type == "cpu" else 10_000
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of a minibatch ``(replicas, n)``; replicas of one order share a single copy."""
+        once = indices[:1] if indices.stride(0) == 0 else indices
+        return tuple(t.expand(len(indices), *t.shape[1:]) for t in self.problem.dataset.batch(once))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name, each with its replica axis."""

@@ -58,18 +58,22 @@ class Job:
         return [key_of(content) for content in self.contents]
 
 
-def execute(todo: list[Job], jobs: int | None, store: Store) -> None:
-    """Run jobs, the longest first, each result into the store as it comes; await those that another process runs."""
-    if not todo:
-        return
-    address = cluster.address()
+def wanted_processes(jobs: int | None) -> int:
+    """Count the processes side by side: ``jobs``, else those of ``companion run --jobs``, else one a core."""
     asked = os.environ.get("COMPANION_JOBS") or "0"
     if os.path.isfile(asked):  # of ``companion run``, whose notebooks get more processes when fewer of them are left
         asked = Path(asked).read_text(encoding="utf-8")
     if not asked.isdigit():
         raise ValueError(f"$COMPANION_JOBS is {asked!r}; expected a whole number of processes")
-    asked = jobs or int(asked)
-    jobs = asked or (joblib.cpu_count() if device_type() == "cpu" else 1)
+    return jobs or int(asked) or (joblib.cpu_count() if device_type() == "cpu" else 1)
+
+
+def execute(todo: list[Job], jobs: int | None, store: Store) -> None:
+    """Run jobs, the longest first, each result into the store as it comes; await those that another process runs."""
+    if not todo:
+        return
+    address = cluster.address()
+    jobs = wanted_processes(jobs)
     workers = min(len(todo), jobs) if sum(job.work for job in todo) > _WORTH_WORKERS else 1
     todo = sorted(todo, key=lambda job: -job.work)
     about = {"torch": torch.__version__, "python": platform.python_version(), "device": device_type()}

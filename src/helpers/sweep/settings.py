@@ -32,8 +32,8 @@ TARGETS = ("test_accuracy", "train_accuracy")
 # gets it into its key, so that results of the old code are not taken for its own. After a change that leaves every
 # bit as it was, ``python -m helpers.sweep.settings`` prints the new values.
 KNOWN_CODE = {
-    "brownlee_mlp": "df17e16daa27745a", "small_mlp": "01be64390353b3b1", "shen_mlp": "5427d030035f57a0",
-    "keskar_mlp": "db1e546e67e1b247", "plain_cnn": "3a8cb41f6228c5ab",
+    "brownlee_mlp": "cad93f2f345135e9", "small_mlp": "bbb0511062f09c18", "shen_mlp": "a72ad0c6c6571952",
+    "keskar_mlp": "aa745ba635a6e57b", "plain_cnn": "4fe9569a43ae35df",
 }  # fmt: skip
 
 
@@ -71,6 +71,8 @@ def checked(settings: Mapping[str, object]) -> dict[str, object]:
         raise ValueError("a target ends a run given by steps; set steps, the most it may take, and record_steps")
     if s["target"] is not None and (len(s["target"]) != 2 or s["target"][0] not in TARGETS):
         raise ValueError(f"target is {s['target']!r}; expected a pair such as ('test_accuracy', 0.9), of {TARGETS}")
+    if s["target"] is not None and not s["problem"].dataset.size(s["target"][0].removesuffix("_accuracy")):
+        raise ValueError(f"target is {s['target']!r}, but {s['problem'].dataset.name} has no test examples")
     check_optimizer(s["optimizer"], s["momentum"])
     for name, check in (("batch_size", lambda v: check_batch_size(v, s["problem"].num_train)), ("lr", check_lr)):
         for value in values_of(s[name]):
@@ -169,6 +171,28 @@ def stack_matters(s: Mapping) -> bool:
 
 
 _bits_depend_on_stack = functools.lru_cache(maxsize=64)(stack.bits_depend_on_stack)
+
+
+def shares_order(s: Mapping) -> bool:
+    """Whether runs that differ in rate alone are trained as one stack: on a CPU, where they share each minibatch."""
+    if s["target"] or device_type() != "cpu" or cluster.address():  # a target ends each at a step of its own
+        return False
+    return _order_pays(s["problem"])
+
+
+_order_pays = functools.lru_cache(maxsize=64)(stack.sharing_pays)
+
+
+def stack_of(s: Mapping, content: Mapping) -> str:
+    """Name the stack in which a run is trained: all seeds of a setting, all rates of a seed, or the run alone."""
+    left_out = {"seed"} if device_type() != "cpu" or stack_matters(s) else {"lr"} if shares_order(s) else set()
+    return key_of({k: v for k, v in content.items() if k not in left_out})
+
+
+def start(content: Mapping) -> str:
+    """Name a run's untrained network and its data, by the run's content."""
+    of_start = (*OF_PROBLEM, "problem", "code", "data", "seed", "stack", "device", "numerics")
+    return key_of({k: content[k] for k in of_start if k in content})
 
 
 def known_code() -> dict[str, str]:

@@ -1,12 +1,13 @@
 """A grid of settings × seeds → one tidy DataFrame. What the store has is not computed again.
 
-The unit of work is a job: a stack of seeds of one setting (see ``jobs``).
+The unit of work is a job: a stack of runs that differ in seed alone, or in rate alone (see ``jobs``).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from helpers.engine.training import Training
 from helpers.measure import geometry, gradients, landscape, noise
 from helpers.problems import Problem, Solution
 from helpers.sweep import settings as of_runs
-from helpers.sweep.jobs import Job, execute
+from helpers.sweep.jobs import Job, execute, wanted_processes
 from helpers.sweep.store import Store, key_of
 
 
@@ -73,7 +74,7 @@ def run(
     """
     store, seeds = store or Store(), of_runs.checked_seeds(seeds)
     of_runs.read_code()
-    labels = list(settings) if isinstance(settings, Mapping) else None
+    labels, workers = list(settings) if isinstance(settings, Mapping) else None, wanted_processes(jobs)
     complete = [of_runs.checked(s) for s in (settings.values() if isinstance(settings, Mapping) else settings)]
     snapshots = sorted(set(snapshots))
     if any(s["steps"] for s in complete) and (snapshots or branch_at is not None):
@@ -85,8 +86,8 @@ def run(
         trunks = [of_runs.until(s, branch_at) for s in longer]
         trunks = list({of_runs.key(t, seeds[0], seeds): t for t in trunks}.values())
         kept = [e for e in snapshots if e < branch_at]
-        execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store), jobs, store)
-    execute(_training_jobs(complete, seeds, snapshots, branch_at, store), jobs, store)
+        execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store, workers), jobs, store)
+    execute(_training_jobs(complete, seeds, snapshots, branch_at, store, workers), jobs, store)
     described = [{**of_runs.columns(s), "run": of_runs.key(s, seed, seeds)} for s in complete for seed in seeds]
     if labels is not None:
         described = [{**one, "label": labels[i // len(seeds)]} for i, one in enumerate(described)]
@@ -192,27 +193,42 @@ def to_target(frame: pd.DataFrame, column: str, target: float, *, axis: str = "e
 
 
 def _training_jobs(
-    settings: list[dict], seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, store: Store
-) -> list[Job]:
-    todo = []
+    settings: list[dict], seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, store: Store,
+    workers: int,
+) -> list[Job]:  # fmt: skip
+    wanted = frozenset(f"{epoch}/" for epoch in snapshots)  # an entry holds all of a snapshot, or none
+    stacks: dict[str, dict[str, tuple[dict, int, dict]]] = {}
     for s in settings:
-        wanted = frozenset(f"{epoch}/" for epoch in snapshots)  # an entry holds all of a snapshot, or none
-        missing = [seed for seed in seeds if not store.has(of_runs.key(s, seed, seeds), wanted)]
-        if missing and of_runs.stack_matters(s):
-            missing = list(seeds)
-        size = 1 if of_runs.device_type() == "cpu" and not of_runs.stack_matters(s) else len(seeds)
-        for own in (missing[i : i + size] for i in range(0, len(missing), size)):
+        contents = {seed: of_runs.content(s, seed, seeds) for seed in seeds}
+        missing = {seed: content for seed, content in contents.items() if not store.has(key_of(content), wanted)}
+        for seed, content in (contents if missing and of_runs.stack_matters(s) else missing).items():
+            stacks.setdefault(of_runs.stack_of(s, content), {})[key_of(content)] = (s, seed, content)
+    todo = []
+    for runs in (list(stack_.values()) for stack_ in stacks.values()):
+        size = len(runs)
+        if of_runs.shares_order(runs[0][0]):  # fewer to a stack where there would be less than one a worker
+            size = math.ceil(size / math.ceil(workers / len(stacks)))
+        for own in (runs[i : i + size] for i in range(0, len(runs), size)):
             trunk = None
-            if branch_at is not None and branch_at < s["epochs"]:
-                keys = [of_runs.key(of_runs.until(s, branch_at), seed, seeds) for seed in own]
+            if branch_at is not None and branch_at < own[0][0]["epochs"]:
+                keys = [of_runs.key(of_runs.until(s, branch_at), seed, seeds) for s, seed, _ in own]
                 trunk = [(store.frame(k), store.arrays(k)) for k in keys]
-            label = " ".join(f"{k}={s[k]}" for k in ("model", "batch_size", "lr")) + f" seeds={list(own)}"
-            contents = [of_runs.content(s, seed, seeds) for seed in own]
-            batch_size = values_of(s["batch_size"])[-1]
-            arguments = (s, own, snapshots, branch_at, trunk)
-            work = len(own) * _work(s["problem"], s["steps"] or s["epochs"] * s["num_train"] / batch_size, batch_size)
-            todo.append(Job(_train, arguments, contents, label, s["problem"].names.get("dataset", ""), work, wanted))
+            todo.append(_training_job(own, snapshots, branch_at, trunk, wanted))
     return todo
+
+
+def _training_job(own: Sequence[tuple[dict, int, dict]], snapshots: Sequence[int], branch_at: int | None,
+                  trunk: list | None, wanted: frozenset[str]) -> Job:  # fmt: skip
+    """The job of one stack: of runs that differ in seed alone, or in rate alone."""
+    settings, seeds, contents = (list(column) for column in zip(*own))
+    rates = [s["lr"] for s in settings]
+    s = {**settings[0], "lr": rates[0] if rates.count(rates[0]) == len(rates) else tuple(rates)}
+    shown = " to ".join(str(rate) for rate in dict.fromkeys((rates[0], rates[-1])))
+    label = f"model={s['model']} batch_size={s['batch_size']} lr={shown} seeds={list(dict.fromkeys(seeds))}"
+    batch_size = values_of(s["batch_size"])[-1]
+    work = len(own) * _work(s["problem"], s["steps"] or s["epochs"] * s["num_train"] / batch_size, batch_size)
+    arguments = (s, seeds, snapshots, branch_at, trunk, [of_runs.start(content) for content in contents])
+    return Job(_train, arguments, contents, label, s["problem"].names.get("dataset", ""), work, wanted)
 
 
 def _work(problem: Problem, steps: float, batch_size: float) -> float:
@@ -223,7 +239,8 @@ def _work(problem: Problem, steps: float, batch_size: float) -> float:
 _num_parameters = functools.lru_cache(maxsize=64)(stack.num_parameters)
 
 
-def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, trunk: list | None):
+def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: int | None, trunk: list | None,
+           starts: Sequence[str]):  # fmt: skip
     training = Training(
         s["problem"], seeds=seeds, measures=geometry.distances, **{k: s[k] for k in of_runs.OF_TRAINING}
     )
@@ -236,31 +253,44 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
         training.resume(state, pd.concat([frame for frame, _ in trunk]))
         for mine, (_, kept) in zip(arrays, trunk):
             mine |= {name: value for name, value in kept.items() if int(name.split("/")[0]) in snapshots}
+    splits = (s["target"][0].removesuffix("_accuracy"),) if s["target"] else ("train", "test")
+    if not trunk:
+        known = {split: _untrained(s["problem"], dict(zip(starts, seeds)), split) for split in splits}
+        training.record(splits, {split: torch.stack([at[start] for start in starts], 1) for split, at in known.items()})
     if s["steps"]:
-        _train_steps(training, s)
+        _train_steps(training, s, splits)
     for epoch in range(start, 0 if s["steps"] else s["epochs"] + 1):
         if epoch > start:
             due = epoch % s["record_every"] == 0 or epoch == s["epochs"]
             training.advance(epochs=1, record=due, record_steps=s["record_steps"])
-        elif not trunk:
-            training.record()
         if epoch in snapshots:
             for name, value in training.state().items():
                 for replica, mine in enumerate(arrays):
                     mine[f"{epoch}/{name}"] = value[replica : replica + 1].numpy()
     history = training.history
-    histories = [history[history["seed"] == seed] for seed in seeds]
-    if s["steps"]:  # a seed's history ends where it would have alone, whatever the others of its stack do
+    records = len(history) // len(seeds)
+    histories = [history[i : i + records] for i in range(0, len(history), records)]
+    if s["steps"]:  # a run's history ends where it would have alone, whatever the others of its stack do
         histories = [one[_ended(one, s).cumsum().shift(fill_value=0) == 0] for one in histories]
     return list(zip(histories, arrays))
 
 
-def _train_steps(training: Training, s: Mapping) -> None:
-    training.record()
+_evaluated: dict[tuple[str, str], torch.Tensor] = {}
+
+
+def _untrained(problem: Problem, starts: Mapping[str, int], split: str) -> dict[str, torch.Tensor]:
+    """Loss and accuracy of untrained networks, by their ``start``: each is evaluated once a process."""
+    if any((start, split) not in _evaluated for start in starts):
+        found = torch.stack(Training(problem, seeds=list(starts.values())).evaluate(split), 1)
+        _evaluated.update({(start, split): pair for start, pair in zip(starts, found)})
+    return {start: _evaluated[start, split] for start in starts}
+
+
+def _train_steps(training: Training, s: Mapping, splits: Sequence[str]) -> None:
     ended = torch.zeros(len(training.seeds), dtype=torch.bool)
     for step in sorted({s["steps"], *(k for k in s["record_steps"] if 0 < k < s["steps"])}):
         training.advance(steps=step - training.steps, record=False)
-        training.record()
+        training.record(splits)
         ended |= _ended(training.latest, s)
         if ended.all():
             return
