@@ -44,6 +44,7 @@ PROTOCOLS = {
 }  # fmt: skip
 
 _TRIALS_PER_JOB = 10
+_RATES_PER_JOB = 16  # what more of them share is little by then, and an interruption loses them all
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
         keys become a column ``label``. A run is ``epochs`` long, recorded every
         ``record_every``; or, where ``steps`` is given, it is that long and recorded at its beginning, its end and after
         each of ``record_steps``. ``target``, such as ``("test_accuracy", 0.9)``, ends a run of ``steps`` at the first
-        record at or above it, and divergence ends it too.
+        record at or above it, and divergence ends it too; its records are of that split, the other's measures NaN.
     seeds: a number of them, or a list.
     snapshots: epochs whose weights the store keeps for ``measure`` and ``weights``.
     branch_at: runs that are equal up to this epoch train up to it once.
@@ -207,7 +208,7 @@ def _training_jobs(
     for runs in (list(stack_.values()) for stack_ in stacks.values()):
         size = len(runs)
         if of_runs.shares_order(runs[0][0]):  # fewer to a stack where there would be less than one a worker
-            size = math.ceil(size / math.ceil(workers / len(stacks)))
+            size = min(_RATES_PER_JOB, math.ceil(size / math.ceil(workers / len(stacks))))
         for own in (runs[i : i + size] for i in range(0, len(runs), size)):
             trunk = None
             if branch_at is not None and branch_at < own[0][0]["epochs"]:
