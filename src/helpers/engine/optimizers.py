@@ -142,10 +142,10 @@ class Elementwise:
             found = stack.gradients() if gradients is None else gradients
             for name, p in stack.parameters.items():
                 p.grad = found.get(name)
-        rates = lr if self._apart else (lr,)
-        for replica, (group, rate) in enumerate(zip(self._optimizer.param_groups, rates)):
+        for group, rate in zip(self._optimizer.param_groups, lr if self._apart else (lr,)):
             group["lr"] = rate
-            for name, leaf in self._groups()[replica].items() if self._apart else ():
+        for replica, leaves in enumerate(self._groups() if self._apart else ()):
+            for name, leaf in leaves.items():
                 leaf.grad = found[name][replica] if name in found else None
         self._optimizer.step()
 
