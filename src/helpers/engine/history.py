@@ -21,24 +21,24 @@ class History:
         self.replicas = replicas
         self.rows: list[dict[str, object]] = []
         self.diverged_at = torch.full((replicas,), math.nan, dtype=torch.float64)
-        self._losses: list[tuple[int, torch.Tensor]] = []
+        self._losses: list[tuple[Sequence[int], torch.Tensor]] = []
 
-    def add_loss(self, size: int, losses: torch.Tensor) -> None:
-        """Note a minibatch's size and its mean losses ``(replicas,)``."""
-        self._losses.append((size, losses))
+    def add_losses(self, sizes: Sequence[int], losses: torch.Tensor) -> None:
+        """Note minibatches' sizes and their mean losses ``(minibatches, replicas)``."""
+        self._losses.append((sizes, losses))
 
     def wait(self) -> None:
         """Wait for the device to finish the last step."""
         if self._losses:
-            float(self._losses[-1][1][0])
+            float(self._losses[-1][1][-1, 0])
 
     def take_losses(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand out, once, sizes ``(steps,)`` and losses ``(steps, replicas)`` since the last record or call."""
         if not self._losses:
             return torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.replicas, dtype=torch.float64)
-        sizes = torch.tensor([size for size, _ in self._losses], dtype=torch.float64)
-        losses = torch.stack([loss for _, loss in self._losses]).cpu().double()
-        first_step = steps - len(self._losses) + 1
+        sizes = torch.tensor([size for sizes, _ in self._losses for size in sizes], dtype=torch.float64)
+        losses = torch.cat([losses for _, losses in self._losses]).cpu().double()
+        first_step = steps - len(sizes) + 1
         bad = ~losses.isfinite()
         at = torch.where(bad.any(0), (first_step + bad.int().argmax(0)).double(), math.nan)
         self.diverged_at = torch.where(self.diverged_at.isnan(), at, self.diverged_at)

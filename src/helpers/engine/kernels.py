@@ -26,6 +26,8 @@ from helpers.problems.problem import LOSSES, squared_error
 # Those of a larger one are multiplied one by one, which runs up to twice as fast, and gives each the result that it has
 # alone, to the bit.
 BATCHED_BELOW = 20_000
+# On a CPU, the steps of a perceptron with fewer parameters are one compiled loop (``loops``).
+LOOPED_BELOW = 200_000
 # Below 16 examples a CPU's product of two narrow matrices is slow (1024 × 1024 weights: 0.71 ms from 2 examples, 0.36
 # from 16): so few are added one by one (0.08 ms each), and from here on, filled up with zeros to 16.
 _ONE_BY_ONE, _FILLED_TO = 4, 16

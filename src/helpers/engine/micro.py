@@ -77,5 +77,5 @@ class MicroBatches:
             same = f"but batch statistics are now over at most {self.size} examples, so the gradients differ"
         warnings.warn(
             f"step {step + 1}: {size} examples at once do not fit in memory ({reason}); from here on "
-            f"micro_batch_size is {self.size}: {same}", stacklevel=5,
+            f"micro_batch_size is {self.size}: {same}", stacklevel=6,
         )  # fmt: skip

@@ -127,6 +127,11 @@ class Elementwise:
             return [self._stack.leaves(replica) for replica in range(self._stack.replicas)]
         return [self._stack.parameters]
 
+    @property
+    def group(self) -> Mapping[str, object]:
+        """The settings of torch's optimizer."""
+        return self._optimizer.param_groups[0]
+
     def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
         if isinstance(lr, tuple) != self._apart:
             state, self._apart = self.state(), not self._apart

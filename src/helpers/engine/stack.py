@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Stack:
     problem: Problem
     replicas: int
     factors: Sequence[kernels.Factors] = ()  # the last gradient, where the kernel gives it in closed form
+    looped = False  # whether the steps of an optimizer of ours are a compiled loop (``loops``)
     _nothing_but_parameters: bool | None = None
 
     @property
@@ -172,6 +173,12 @@ class Kernel(Stack):
         self.kernel.to(problem.dataset.device, next(modules[0].parameters()).dtype)
         self.parameters = dict(self.kernel.named_parameters())
         self._leaves: list[dict[str, torch.Tensor]] = []
+        self._kept: Callable[[], dict[str, torch.Tensor]] | None = None  # the last gradient, of a compiled loop
+
+    @property
+    def looped(self) -> bool:
+        small = self.closed_form and self.kernel.multiply_adds < kernels.LOOPED_BELOW
+        return small and self.problem.dataset.device.type == "cpu" and self.kernel.head.weight.dtype == torch.float32
 
     @property
     def roots(self) -> list[nn.Module]:
@@ -206,6 +213,8 @@ class Kernel(Stack):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The last step's gradient by name, ``(replicas, *shape)``; empty before the first."""
+        if self._kept is not None:
+            return self._kept()
         if not self.factors:
             return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         found = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -215,12 +224,17 @@ class Kernel(Stack):
 
     def clear(self) -> None:
         """Forget the last gradient."""
-        self.factors = ()
+        self.factors, self._kept = (), None
         for p in self.parameters.values():
             p.grad = None
 
+    def keep(self, gradient: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Take a function that gives the last gradient, should it be asked for."""
+        self.factors, self._kept = (), gradient
+
     def backpropagate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Leave the gradient as ``factors``, in closed form; returns the mean losses ``(replicas,)``."""
+        self._kept = None
         losses, self.factors = self.kernel.backpropagate(inputs, targets, self.problem.loss)
         return losses
 

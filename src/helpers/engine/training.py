@@ -8,11 +8,13 @@ next ``batch_size`` entries of that order. So runs at two batch sizes see the sa
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -34,6 +36,7 @@ from helpers.problems import Problem
 
 # Raise this when a change alters results: what the store holds under an older number is computed again.
 NUMERICS = 4
+_AT_ONCE = 500  # steps of a compiled loop, which no signal interrupts
 
 Measures = Callable[[stack.Stack, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
@@ -169,19 +172,44 @@ class Training:
 
     def step(self) -> None:
         """Update every replica once."""
+        self._advance(1)
+
+    def _advance(self, most: float) -> None:
+        """Take at most so many steps, within an epoch: a single one, or many in a compiled loop."""
         if self._batch_schedule is not None:
-            self._batch_size = int(self._batch_schedule(self.epoch))
+            self._batch_size, most = int(self._batch_schedule(self.epoch)), 1
+        started, looped = time.perf_counter(), self._looped
+        left = self.dataset.num_train - self.examples_seen % self.dataset.num_train
+        count = math.ceil(min(most if looped else 1, _AT_ONCE, left / self._batch_size))
+        sizes = [min(self._batch_size, left - i * self._batch_size) for i in range(count)]
+        rates = [self._lr] * count
         if self._lr_schedule is not None:
-            self._lr = at_epoch(self._lr_schedule, self.epoch)
-        started = time.perf_counter()
-        indices = self.next_indices()
-        losses = self._micro.gradient(self.stack.train(), indices, self.steps)
+            seen = itertools.accumulate(sizes[:-1], initial=self.examples_seen)
+            rates = [at_epoch(self._lr_schedule, examples / self.dataset.num_train) for examples in seen]
+            self._lr = rates[-1]
+        self._history.add_losses(sizes, self._loop(sizes, rates) if looped else self._update())
+        self.steps += count
+        self.examples_seen += sum(sizes)
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def _looped(self) -> bool:
+        whole = self._micro.closed_form and (self._micro.size or self._batch_size) >= self._batch_size
+        of_ours = isinstance(self._optimizer, optimizers.Descent | optimizers.Elementwise)
+        return self.stack.looped and whole and of_ours and self.clip_norm is None
+
+    def _loop(self, sizes: Sequence[int], rates: Sequence) -> torch.Tensor:
+        from helpers.engine import loops  # here, since numba takes half a second to import
+
+        indices = self._order.next(self.examples_seen, sum(sizes))
+        each = np.broadcast_to(np.reshape(rates, (len(sizes), -1)), (len(sizes), len(self.seeds)))
+        return loops.descend(self.stack, self._optimizer, indices, sizes, each)
+
+    def _update(self) -> torch.Tensor:
+        losses = self._micro.gradient(self.stack.train(), self.next_indices(), self.steps)
         clipped = None if self.clip_norm is None else optimizers.clipped(self.stack.gradients(), self.clip_norm)
         self._optimizer.step(self.stack, self._lr, clipped)
-        self._history.add_loss(indices.shape[1], losses)
-        self.steps += 1
-        self.examples_seen += indices.shape[1]
-        self.seconds += time.perf_counter() - started
+        return losses.unsqueeze(0)
 
     def advance(
         self,
@@ -203,7 +231,8 @@ class Training:
         end = math.inf if epochs is None else self.examples_seen + round(epochs * self.dataset.num_train)
         last_step = math.inf if steps is None else self.steps + steps
         while self.examples_seen < end and self.steps < last_step:
-            self.step()
+            due = min((step for step in record_steps if step > self.steps), default=math.inf)
+            self._advance(min(min(due, last_step) - self.steps, (end - self.examples_seen) / self._batch_size))
             if (record and self.examples_seen % self.dataset.num_train == 0) or self.steps in record_steps:
                 self.record()
         return self
