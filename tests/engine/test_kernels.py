@@ -14,7 +14,6 @@ from helpers import Dataset, Net, Problem
 from helpers.engine import kernels, stack
 from helpers.problems import LOSSES, nets
 
-# "deep": above ``BATCHED_BELOW``, so that its replicas are multiplied one by one.
 NETS = {**nets.NETS, "deep": functools.partial(nets.MLP, hidden=(200, 100, 30), initialise=nets.xavier_normal)}
 
 
@@ -116,7 +115,6 @@ def test_initial_weights_are_the_modules_of_the_seeds(name, input_shape):
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_a_stacked_perceptron_equals_an_explicit_loop(hidden, replicas):
     kernel = perceptron(replicas, hidden)
-    assert (kernel.multiply_adds >= kernels.BATCHED_BELOW) == (hidden == [300, 200])  # both ways to multiply are tested
     assert kernel.multiply_adds == sum(p[0].numel() for p in kernel.parameters())
     x = random_inputs(replicas, 5, 2, 60)
     logits = kernel(x).detach().numpy()
@@ -172,9 +170,8 @@ def test_backpropagation_by_hand_equals_autograd_in_float64(hidden, examples, lo
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses, factors = model.backpropagate(x, targets, loss)
     torch.testing.assert_close(losses.double(), expected_losses.detach(), rtol=1e-5, atol=1e-5)
-    replicas = [...] if hidden != [300, 200] else range(3)  # a large network's one by one
     names = ["head", *(f"layers.{i}" for i in reversed(range(len(hidden))))]
-    assert [(each.replica, each.layer) for each in factors] == [(r, name) for r in replicas for name in names]
+    assert [(each.replica, each.layer) for each in factors] == [(r, name) for r in range(3) for name in names]
     found = {name: torch.ones_like(p) for name, p in before.items()}
     for each in factors:
         each.add_to(found, alpha=-0.5)

@@ -153,7 +153,7 @@ def test_the_lazy_walk_of_a_perceptron_equals_an_explicit_one_in_float64(hidden,
 @pytest.mark.parametrize("hidden", [[50], [30, 20, 40]])
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_updates_that_are_put_off_come_to_those_made_at_once(hidden, layers, monkeypatch):
-    monkeypatch.setattr(kernels.engine, "BATCHED_BELOW", 0)
+    monkeypatch.setattr(kernels, "_LAZY_FROM", 0)
     wide = Tensors("wide", DIGITS.train_inputs.double(), DIGITS.train_targets, *DIGITS.tensors("test"))
     solution = solution_of(perceptron(wide, hidden, torch.float64))
     sizes = [1, 7, 16, 31, 33, 89, 90]  # held in windows, and not; some leave a rest of the draw

@@ -610,7 +610,7 @@ def test_to_target_is_where_a_run_first_reaches_it():
 def test_the_key_is_that_of_what_the_entry_says_it_is():
     frame = sweep.run([BLOBS], 1)
     checked = settings_module.checked(BLOBS)
-    assert frame["run"].iloc[0] == key_of(settings_module.content(checked, 0, [0]))
+    assert frame["run"].iloc[0] == key_of(settings_module.content(checked, 0))
     assert stored() == [frame["run"].iloc[0]]
 
 

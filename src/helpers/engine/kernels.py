@@ -22,10 +22,6 @@ from helpers.problems import nets
 from helpers.problems.nets import GhostBatchNorm, groups, parts
 from helpers.problems.problem import LOSSES, squared_error
 
-# On a CPU, replicas of a network with fewer parameters share a step's overhead: one batched product serves them all.
-# Those of a larger one are multiplied one by one, which runs up to twice as fast, and gives each the result that it has
-# alone, to the bit.
-BATCHED_BELOW = 20_000
 # On a CPU, the steps of a perceptron with fewer parameters are one compiled loop (``loops``).
 LOOPED_BELOW = 200_000
 # Below 16 examples a CPU's product of two narrow matrices is slow (1024 × 1024 weights: 0.71 ms from 2 examples, 0.36
@@ -65,19 +61,15 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 class Linear(nn.Module):
     """A fully connected layer: ``(replicas, examples, in)`` → ``(replicas, examples, out)``."""
 
-    def __init__(self, replicas: int, in_features: int, out_features: int, batched: bool):
+    def __init__(self, replicas: int, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(replicas, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(replicas, out_features))
-        self._batched = batched
-
-    def one_by_one(self, x: torch.Tensor) -> bool:
-        """Whether the replicas' inputs ``x`` are multiplied one by one, and not as a stack."""
-        return x.is_cpu and not self._batched
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.one_by_one(x):
+        if not x.is_cpu:
             return product(x, self.weight, self.bias)
+        # One by one, each replica has the bits that it has alone.
         multiply = F.linear if torch.is_grad_enabled() else product
         if len(self.weight) == 1:
             return multiply(x.squeeze(0), self.weight.squeeze(0), self.bias.squeeze(0)).unsqueeze(0)
@@ -254,8 +246,7 @@ class MLP(Model):
         super().__init__(replicas, net)
         linear = [*net.layers, net.head]
         self.multiply_adds = sum((layer.in_features + 1) * layer.out_features for layer in linear)
-        batched = self.multiply_adds < BATCHED_BELOW
-        *layers, self.head = (Linear(replicas, layer.in_features, layer.out_features, batched) for layer in linear)
+        *layers, self.head = (Linear(replicas, layer.in_features, layer.out_features) for layer in linear)
         self.layers = nn.ModuleList(layers)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -282,7 +273,7 @@ class MLP(Model):
         """
         x, names = x.flatten(2), [*(f"layers.{i}" for i in range(len(self.layers))), "head"]
         layers = [(layer.weight, layer.bias) for layer in (*self.layers, self.head)]
-        if not self.head.one_by_one(x):
+        if not x.is_cpu:
             losses, found = _backpropagate(layers, x, targets, loss)
             return losses.mean(1), [Factors(name, ..., *each) for name, each in zip(reversed(names), found)]
         # One by one from here to there: taking each product's replica out of the stack costs as much as a small one.
@@ -322,7 +313,7 @@ class CNN(Model):
         super().__init__(replicas, net)
         convolutions = ((c.in_channels, c.out_channels, c.kernel_size[0]) for c in net.layers)
         self.layers = nn.ModuleList(Conv2d(replicas, *shape) for shape in convolutions)
-        self.head = Linear(replicas, net.head.in_features, net.head.out_features, batched=False)
+        self.head = Linear(replicas, net.head.in_features, net.head.out_features)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         replicas, examples = x.shape[:2]

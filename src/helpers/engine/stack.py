@@ -21,7 +21,8 @@ from helpers.problems.problem import call
 
 _CHUNK = 250  # examples of a forward pass without a graph, on a CPU; a device takes 1,000
 # Below so many parameters a replica, a step's overhead outweighs its arithmetic, and vmap shares it among replicas.
-_VMAP_BELOW = kernels.BATCHED_BELOW
+_VMAP_BELOW = 20_000
+_SEEDS_BELOW = 20_000  # parameters of a replica
 _SHARING_BELOW = 250_000  # parameters of a replica; more take longer to multiply than their minibatch to copy
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, kernels.BatchNorm, kernels.nets.GhostBatchNorm)
 
@@ -45,9 +46,10 @@ def num_parameters(problem: Problem) -> int:
     return sum(p.numel() for p in problem.net.module(0).parameters())
 
 
-def bits_depend_on_stack(problem: Problem) -> bool:
-    """Whether the last bits of a replica's result on a CPU depend on the replicas beside it."""
-    return _fast_path(problem, problem.net.module(0)) is not None and num_parameters(problem) < kernels.BATCHED_BELOW
+def seeds_pay(problem: Problem) -> bool:
+    """Whether seeds on a CPU are trained as one stack: tiny perceptrons, of which an evaluation is mostly overhead."""
+    module = problem.net.module(0)
+    return _fast_path(problem, module) is kernels.MLP and not module.norms and num_parameters(problem) < _SEEDS_BELOW
 
 
 def sharing_pays(problem: Problem) -> bool:
@@ -56,7 +58,7 @@ def sharing_pays(problem: Problem) -> bool:
     They share the copy of each minibatch, a tenth of a step of a small perceptron.
     """
     kernel = _fast_path(problem, problem.net.module(0))
-    return kernel is kernels.MLP and kernels.BATCHED_BELOW <= num_parameters(problem) < _SHARING_BELOW
+    return kernel is kernels.MLP and _SEEDS_BELOW <= num_parameters(problem) < _SHARING_BELOW
 
 
 def _stack(problem: Problem, modules: Sequence[nn.Module], seeds: Sequence[int]) -> Stack:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from helpers.engine import kernels as engine
 from helpers.engine.stack import Stack
 
+_LAZY_FROM = 20_000  # parameters: a smaller net takes its steps faster
 _HELD = 32  # examples whose gradients a lazy walk holds as factors: fewer make a slow product, more are read too often
 _GRAM_EXAMPLES = 4_096  # of a draw: with more, their inner products cost more than MNIST's 784 weights a unit
 _GRAM_BYTES = 2**29  # of a Gram matrix; beyond some 8,000 examples minibatches are measured one by one
@@ -32,7 +33,7 @@ def descend(stack: Stack, inputs: torch.Tensor, targets: torch.Tensor, lr: float
 def walks_lazily(stack: Stack, draw_size: int) -> bool:
     """Whether ``walk_lazily`` applies, and pays: to large perceptrons with cross-entropy on a CPU."""
     usable = stack.closed_form and stack.problem.loss is F.cross_entropy and stack.problem.dataset.device.type == "cpu"
-    return usable and stack.kernel.multiply_adds >= engine.BATCHED_BELOW and draw_size <= _GRAM_EXAMPLES
+    return usable and stack.kernel.multiply_adds >= _LAZY_FROM and draw_size <= _GRAM_EXAMPLES
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from helpers import problems
 from helpers.engine import kernels, stack
@@ -32,8 +32,8 @@ TARGETS = ("test_accuracy", "train_accuracy")
 # gets it into its key, so that results of the old code are not taken for its own. After a change that leaves every
 # bit as it was, ``python -m helpers.sweep.settings`` prints the new values.
 KNOWN_CODE = {
-    "brownlee_mlp": "cad93f2f345135e9", "small_mlp": "bbb0511062f09c18", "shen_mlp": "a72ad0c6c6571952",
-    "keskar_mlp": "aa745ba635a6e57b", "plain_cnn": "4fe9569a43ae35df",
+    "brownlee_mlp": "90d6cba773f1b160", "small_mlp": "66d2ad70e49faecc", "shen_mlp": "be0366be8e33fd79",
+    "keskar_mlp": "fbdc11514765202d", "plain_cnn": "9ad67bf7d4aa0c00",
 }  # fmt: skip
 
 
@@ -99,20 +99,19 @@ def until(s: Mapping, epoch: int) -> dict[str, object]:
     return {**s, **cut, "epochs": min(epoch, s["epochs"])}
 
 
-def content(s: Mapping, seed: int, seeds: Sequence[int]) -> dict[str, object]:
+def content(s: Mapping, seed: int) -> dict[str, object]:
     """Everything a result depends on: settings, seed, data, code, the kind of device, the version of the numerics."""
     problem: Problem = s["problem"]
     found = {k: _plain(v) for k, v in s.items() if k in DEFAULTS}
     found |= {"seed": seed, "data": problem.dataset.fingerprint, "device": device_type(), "numerics": NUMERICS}
     if s["clip_norm"] is not None:
         found["clip_norm"] = float(s["clip_norm"])
-    found |= _code_of(problem)
-    return {**found, "stack": list(seeds)} if stack_matters(s) else found
+    return found | _code_of(problem)
 
 
-def key(s: Mapping, seed: int, seeds: Sequence[int]) -> str:
+def key(s: Mapping, seed: int) -> str:
     """The key of a run's result in the store."""
-    return key_of(content(s, seed, seeds))
+    return key_of(content(s, seed))
 
 
 @functools.lru_cache(maxsize=256)
@@ -165,12 +164,12 @@ def device_type() -> str:
     return cluster.device_type(address) if address else problems.pick_device().type
 
 
-def stack_matters(s: Mapping) -> bool:
-    """Whether seeds are trained as one stack on a CPU, where the last bits depend on the stack's size."""
-    return device_type() == "cpu" and _bits_depend_on_stack(s["problem"])
+def stacks_seeds(s: Mapping) -> bool:
+    """Whether runs that differ in seed alone are trained as one stack."""
+    return device_type() != "cpu" or _seeds_pay(s["problem"])
 
 
-_bits_depend_on_stack = functools.lru_cache(maxsize=64)(stack.bits_depend_on_stack)
+_seeds_pay = functools.lru_cache(maxsize=64)(stack.seeds_pay)
 
 
 def shares_order(s: Mapping) -> bool:
@@ -185,13 +184,13 @@ _order_pays = functools.lru_cache(maxsize=64)(stack.sharing_pays)
 
 def stack_of(s: Mapping, content: Mapping) -> str:
     """Name the stack in which a run is trained: all seeds of a setting, all rates of a seed, or the run alone."""
-    left_out = {"seed"} if device_type() != "cpu" or stack_matters(s) else {"lr"} if shares_order(s) else set()
+    left_out = {"seed"} if stacks_seeds(s) else {"lr"} if shares_order(s) else set()
     return key_of({k: v for k, v in content.items() if k not in left_out})
 
 
 def start(content: Mapping) -> str:
     """Name a run's untrained network and its data, by the run's content."""
-    of_start = (*OF_PROBLEM, "problem", "code", "data", "seed", "stack", "device", "numerics")
+    of_start = (*OF_PROBLEM, "problem", "code", "data", "seed", "device", "numerics")
     return key_of({k: content[k] for k in of_start if k in content})
 
 

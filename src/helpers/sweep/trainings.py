@@ -85,11 +85,11 @@ def run(
         raise ValueError(f"branch_at is {branch_at}; expected a multiple of record_every: a trunk ends with a record")
     if longer:
         trunks = [of_runs.until(s, branch_at) for s in longer]
-        trunks = list({of_runs.key(t, seeds[0], seeds): t for t in trunks}.values())
+        trunks = list({of_runs.key(t, seeds[0]): t for t in trunks}.values())
         kept = [e for e in snapshots if e < branch_at]
         execute(_training_jobs(trunks, seeds, [*kept, branch_at], None, store, workers), jobs, store)
     execute(_training_jobs(complete, seeds, snapshots, branch_at, store, workers), jobs, store)
-    described = [{**of_runs.columns(s), "run": of_runs.key(s, seed, seeds)} for s in complete for seed in seeds]
+    described = [{**of_runs.columns(s), "run": of_runs.key(s, seed)} for s in complete for seed in seeds]
     if labels is not None:
         described = [{**one, "label": labels[i // len(seeds)]} for i, one in enumerate(described)]
     return _joined([store.frame(one["run"]) for one in described], described)
@@ -124,14 +124,14 @@ def measure(
         given = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
         if chosen.trials:
             given["trials"] = list(range(trials)[start:][:_TRIALS_PER_JOB])
-        of = {"protocol": protocol, "of": of_runs.content(s, seed, seeds), "epoch": epoch, **given}
+        of = {"protocol": protocol, "of": of_runs.content(s, seed), "epoch": epoch, **given}
         if chosen.loss_in_key:
             of["loss"] = s["loss"]
         if chosen.version > 1:
             of["version"] = chosen.version
         rows.append((key_of(of), s, seed, epoch))
         if not store.has(rows[-1][0]):
-            weights = _snapshot(arrays(of_runs.key(s, seed, seeds)), epoch)
+            weights = _snapshot(arrays(of_runs.key(s, seed)), epoch)
             arguments = (protocol, s["problem"], weights, seed, given)
             label = f"{protocol} epoch={epoch} seed={seed}"
             draws = len(given.get("batch_sizes", [0])) * len(given.get("trials", [0]))
@@ -176,7 +176,7 @@ def weights(
     """The solutions after ``epoch``, one a seed. Trains what the store lacks."""
     store, seeds, s = store or Store(), of_runs.checked_seeds(seeds), of_runs.checked(settings)
     run([settings], seeds, snapshots=[epoch], store=store)
-    keys = [of_runs.key(s, seed, seeds) for seed in seeds]
+    keys = [of_runs.key(s, seed) for seed in seeds]
     return [_solution(s["problem"], _snapshot(store.arrays(key), epoch)) for key in keys]
 
 
@@ -200,10 +200,10 @@ def _training_jobs(
     wanted = frozenset(f"{epoch}/" for epoch in snapshots)  # an entry holds all of a snapshot, or none
     stacks: dict[str, dict[str, tuple[dict, int, dict]]] = {}
     for s in settings:
-        contents = {seed: of_runs.content(s, seed, seeds) for seed in seeds}
-        missing = {seed: content for seed, content in contents.items() if not store.has(key_of(content), wanted)}
-        for seed, content in (contents if missing and of_runs.stack_matters(s) else missing).items():
-            stacks.setdefault(of_runs.stack_of(s, content), {})[key_of(content)] = (s, seed, content)
+        for seed in seeds:
+            content = of_runs.content(s, seed)
+            if not store.has(key_of(content), wanted):
+                stacks.setdefault(of_runs.stack_of(s, content), {})[key_of(content)] = (s, seed, content)
     todo = []
     for runs in (list(stack_.values()) for stack_ in stacks.values()):
         size = len(runs)
@@ -212,7 +212,7 @@ def _training_jobs(
         for own in (runs[i : i + size] for i in range(0, len(runs), size)):
             trunk = None
             if branch_at is not None and branch_at < own[0][0]["epochs"]:
-                keys = [of_runs.key(of_runs.until(s, branch_at), seed, seeds) for s, seed, _ in own]
+                keys = [of_runs.key(of_runs.until(s, branch_at), seed) for s, seed, _ in own]
                 trunk = [(store.frame(k), store.arrays(k)) for k in keys]
             todo.append(_training_job(own, snapshots, branch_at, trunk, wanted))
     return todo
