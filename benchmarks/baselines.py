@@ -136,6 +136,87 @@ def blobs_loop(
     return history
 
 
+def jax_perceptron(weights: Mapping[str, torch.Tensor], inputs_first: bool) -> tuple[Callable, dict]:
+    """Logits of a perceptron, and its parameters, from ours: https://docs.jax.dev/en/latest/jax.nn.html.
+
+    inputs_first: a layer's weights are (in, out), as Flax has them, else (out, in); which is faster depends on sizes.
+    """
+    import jax
+
+    def linear(parameters: dict, layer: str, x):
+        weight = parameters[f"{layer}.weight"]
+        return x @ (weight if inputs_first else weight.T) + parameters[f"{layer}.bias"]
+
+    def logits(parameters: dict, x):
+        x = x.reshape(len(x), -1)
+        for i in range(len(weights) // 2 - 1):
+            x = jax.nn.relu(linear(parameters, f"layers.{i}", x))
+        return linear(parameters, "head", x)
+
+    return logits, {name: w.mT if inputs_first and w.dim() == 3 else w for name, w in weights.items()}
+
+
+def jax_epoch(
+    logits: Callable,
+    parameters: Mapping[str, torch.Tensor],
+    dataset: Tensors,
+    order: torch.Tensor,
+    batch_size: int,
+    lr: float,
+    momentum: float = 0.0,
+) -> tuple[Callable[[], Callable], float]:
+    """An epoch of SGD as one compiled call, and the seconds that compiling it took.
+
+    Steps by https://docs.jax.dev/en/latest/_autosummary/jax.lax.scan.html, seeds by
+    https://docs.jax.dev/en/latest/automatic-vectorization.html, weights donated as in
+    https://docs.jax.dev/en/latest/buffer_donation.html, compiled by https://docs.jax.dev/en/latest/aot.html.
+
+    logits: of one seed's parameters and inputs. parameters: of all seeds, ``(replicas, …)``, from which each call
+    starts. order: of the examples, int64 ``(replicas, examples)``. The call returns each step's loss, ``(steps,)`` or
+    ``(replicas, steps)``.
+    """
+    import jax
+    from jax import numpy as jnp
+
+    def loss(parameters: dict, x, y):
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits(parameters, x)), y[:, None], 1).mean()
+
+    def epoch(parameters: dict, order, x, y):
+        def step(state: tuple, minibatch):
+            parameters, velocity = state
+            value, moved = jax.value_and_grad(loss)(parameters, x[minibatch], y[minibatch])
+            if momentum:
+                moved = velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, moved)
+            return (jax.tree.map(lambda p, g: p - lr * g, parameters, moved), velocity), value
+
+        state = parameters, jax.tree.map(jnp.zeros_like, parameters) if momentum else None
+        whole = len(order) - len(order) % batch_size
+        state, losses = jax.lax.scan(step, state, order[:whole].reshape(-1, batch_size))
+        if whole < len(order):
+            state, last = step(state, order[whole:])
+            losses = jnp.append(losses, last)
+        return state, losses
+
+    def arrays(tensors: Mapping[str, torch.Tensor]) -> dict:
+        return {name: jnp.array(t.numpy(force=True)) for name, t in tensors.items()}
+
+    if len(order) == 1:
+        parameters, order = {name: p[0] for name, p in parameters.items()}, order[0]
+    else:
+        epoch = jax.vmap(epoch, in_axes=(0, 0, None, None))
+    data = arrays({"order": order, "x": dataset.train_inputs, "y": dataset.train_targets}).values()
+    lowered = jax.jit(epoch, donate_argnums=0).lower(arrays(parameters), *data)
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+
+    def prepare() -> Callable:
+        start = jax.block_until_ready(arrays(parameters))
+        return lambda: jax.block_until_ready(compiled(start, *data))[1]
+
+    return prepare, seconds
+
+
 def keras_backend() -> str:
     """TensorFlow, the write-up's, where it is; else PyTorch: https://keras.io/getting_started/."""
     found = "tensorflow" if importlib.util.find_spec("tensorflow") else "torch"

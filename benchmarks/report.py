@@ -20,7 +20,9 @@ from benchmarks.timing import Line
 from helpers import plots
 from helpers.problems import builtin, pick_device
 
-PACKAGES = ("torch", "torchvision", "numpy", "keras", "tensorflow-cpu", "backpack-for-pytorch", "batch-size-companion")
+PACKAGES = (
+    "torch", "torchvision", "numpy", "jax", "keras", "tensorflow-cpu", "backpack-for-pytorch", "batch-size-companion",
+)  # fmt: skip
 
 
 def machine() -> dict[str, object]:
