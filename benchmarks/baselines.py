@@ -162,7 +162,7 @@ def jax_epoch(
     dataset: Tensors,
     order: torch.Tensor,
     batch_size: int,
-    lr: float,
+    lr: float | Sequence[float],
     momentum: float = 0.0,
 ) -> tuple[Callable[[], Callable], float]:
     """An epoch of SGD as one compiled call, and the seconds that compiling it took.
@@ -172,8 +172,8 @@ def jax_epoch(
     https://docs.jax.dev/en/latest/buffer_donation.html, compiled by https://docs.jax.dev/en/latest/aot.html.
 
     logits: of one seed's parameters and inputs. parameters: of all seeds, ``(replicas, …)``, from which each call
-    starts. order: of the examples, int64 ``(replicas, examples)``. The call returns each step's loss, ``(steps,)`` or
-    ``(replicas, steps)``.
+    starts. order: of the examples, int64 ``(replicas, examples)``; of one row where all share it. lr: one for all,
+    or one a replica. The call returns each step's loss, ``(steps,)`` or ``(replicas, steps)``.
     """
     import jax
     from jax import numpy as jnp
@@ -181,7 +181,7 @@ def jax_epoch(
     def loss(parameters: dict, x, y):
         return -jnp.take_along_axis(jax.nn.log_softmax(logits(parameters, x)), y[:, None], 1).mean()
 
-    def epoch(parameters: dict, order, x, y):
+    def epoch(parameters: dict, lr, order, x, y):
         def step(state: tuple, minibatch):
             parameters, velocity = state
             value, moved = jax.value_and_grad(loss)(parameters, x[minibatch], y[minibatch])
@@ -200,11 +200,14 @@ def jax_epoch(
     def arrays(tensors: Mapping[str, torch.Tensor]) -> dict:
         return {name: jnp.array(t.numpy(force=True)) for name, t in tensors.items()}
 
-    if len(order) == 1:
+    if len(parameters["head.bias"]) == 1:
         parameters, order = {name: p[0] for name, p in parameters.items()}, order[0]
     else:
-        epoch = jax.vmap(epoch, in_axes=(0, 0, None, None))
-    data = arrays({"order": order, "x": dataset.train_inputs, "y": dataset.train_targets}).values()
+        shared = len(order) == 1
+        axes = (0, None if isinstance(lr, float) else 0, None if shared else 0, None, None)
+        epoch, order = jax.vmap(epoch, in_axes=axes), order[0] if shared else order
+    tensors = {"lr": torch.tensor(lr), "order": order, "x": dataset.train_inputs, "y": dataset.train_targets}
+    data = arrays(tensors).values()
     lowered = jax.jit(epoch, donate_argnums=0).lower(arrays(parameters), *data)
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -215,6 +218,46 @@ def jax_epoch(
         return lambda: jax.block_until_ready(compiled(start, *data))[1]
 
     return prepare, seconds
+
+
+def torch_epoch(
+    weights: Mapping[str, torch.Tensor],
+    dataset: Tensors,
+    order: torch.Tensor,
+    batch_size: int,
+    lr: float,
+    compiled: bool,
+) -> Callable[[], Callable[[], torch.Tensor]]:
+    """An epoch of one seed's SGD on tensors in memory, from our first replica's weights; it returns each step's loss.
+
+    Fused: https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html; ``compiled``:
+    https://docs.pytorch.org/tutorials/recipes/compiling_optimizer.html.
+    """
+    names = [*(f"layers.{i}" for i in range(len(weights) // 2 - 1)), "head"]
+    shapes = [weights[f"{name}.weight"].shape for name in names]
+    net = perceptron([shapes[0][2], *(shape[1] for shape in shapes)], nn.init.zeros_, nn.init.zeros_)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, fused=not compiled)
+    forward, descend = (torch.compile(net), torch.compile(optimizer.step)) if compiled else (net, optimizer.step)
+
+    def prepare() -> Callable[[], torch.Tensor]:
+        with torch.no_grad():
+            for layer, name in zip(net[1::2], names):
+                layer.weight.copy_(weights[f"{name}.weight"][0])
+                layer.bias.copy_(weights[f"{name}.bias"][0])
+
+        def epoch() -> torch.Tensor:
+            losses = []
+            for indices in order.split(batch_size):
+                loss = F.cross_entropy(forward(dataset.train_inputs[indices]), dataset.train_targets[indices])
+                loss.backward()
+                descend()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+            return torch.stack(losses)
+
+        return epoch
+
+    return prepare
 
 
 def keras_backend() -> str:

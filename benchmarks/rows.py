@@ -33,6 +33,7 @@ from benchmarks.timing import Line, Mismatch, Side, Skipped, compare, interleave
 from companion import grid, run
 from helpers import Net, Problem, Solution, Training, problems, sweep
 from helpers.engine import kernels
+from helpers.engine.order import epoch_order
 from helpers.measure import fits, gradients, memory, noise
 from helpers.problems import builtin, nets
 from helpers.problems.dataset import Tensors
@@ -239,6 +240,71 @@ def product(bench: Bench) -> list[Line]:
         case = f"{examples:,} examples × {width} × {width}"
         lines += compare("product", case, sides, {"F.linear": 1}, bench.pairs, check, f"{repeats} of each")
     return lines
+
+
+def small_mlp(bench: Bench) -> list[Line]:
+    """An epoch of small_mlp without evaluation: seeds, and ten rates, side by side."""
+    images, lines = {1: 768, 4: 1_536}, []
+    for batch_size in bench.pick([1, 4, 16, 64, 256, 1024], [4, 64]):
+        dataset = bench.images(bench.pick(images.get(batch_size, 6_144), 128), 1)
+        stacks = [{"seeds": range(count)} for count in bench.pick((1, 30), (1, 2))]
+        if batch_size <= 64:
+            stacks.append({"seeds": [0] * 10, "lr": [0.002 * 1.5**i for i in range(10)]})
+        for stack in stacks:
+            lines += _against_loops(bench, "small-mlp", dataset, "small_mlp", batch_size=batch_size, **stack)
+    return lines
+
+
+def blobs_mlp(bench: Bench) -> list[Line]:
+    """An epoch of brownlee_mlp without evaluation, on 20 copies of blobs."""
+    blobs, copies, seeds = problems.load("blobs", device="cpu"), *bench.pick((20, 30), (1, 2))
+    x, y = blobs.tensors("train")
+    dataset = Tensors("blobs", x.repeat(copies, 1), y.repeat(copies), x[:1], y[:1])
+    return [
+        line
+        for batch_size in bench.pick([1, 4, 32, 450], [32, 450])
+        for line in _against_loops(
+            bench, "blobs-mlp", dataset, "brownlee_mlp", batch_size=batch_size, seeds=range(seeds)
+        )
+    ]
+
+
+def _against_loops(
+    bench: Bench, row: str, dataset: Tensors, model: str, *, batch_size: int, seeds: Sequence[int], lr: object = LR
+) -> list[Line]:
+    """Replicas on one core, against JAX's compiled loop, and against PyTorch on tensors in memory for one of them."""
+    make = functools.partial(ours_training, dataset, nets.NETS[model], seeds=seeds, batch_size=batch_size, lr=lr)
+    order = torch.stack([epoch_order(dataset.num_train, seed, 0) for seed in dict.fromkeys(seeds)])
+    weights, rates, loops, compiling = make().weights(), len(set(seeds)) < len(seeds), {}, []
+    for layout in (True, False):
+        logits, parameters = baselines.jax_perceptron(weights, layout)
+        loops[layout], seconds = baselines.jax_epoch(logits, parameters, dataset, order, batch_size, lr)
+        compiling.append(seconds)
+    tried = {layout: min(each) for layout, each in interleave(f"{row}, layouts", loops, 2)[0].items()}
+
+    def ours():
+        training = make()
+        return lambda: training.advance(epochs=1, record=False).take_losses()[1].T
+
+    sides, scaled = {"ours": ours, "JAX": loops[min(tried, key=tried.get)]}, {}
+    for name, compiled in (("SGD(fused)", False), ("torch.compile", True)):
+        if rates or (compiled and (len(seeds) > 1 or batch_size < 64)):  # then each step's checks take the longest
+            continue
+        sides[name] = baselines.torch_epoch(weights, dataset, order[0], batch_size, LR, compiled)
+        if len(seeds) > 1:
+            scaled[name] = (len(seeds), f"1 of {len(seeds)} seeds")
+
+    def check(results: Mapping) -> str:
+        first, texts = results["ours"], []
+        for name in list(results)[1:]:
+            theirs = np.atleast_2d(results[name])
+            texts.append(same(f"{name}: losses, mean", first[: len(theirs)].mean(), theirs.mean(), within=0.01))
+        return "; ".join(texts)
+
+    stack = f"{len(seeds)} rate" if rates else f"{len(seeds)} seed"
+    case, note = f"batch {batch_size}, {stack}{'s' * (len(seeds) > 1)}", f"JAX compiled in {max(compiling):.1f} s"
+    targets = {name: 1.0 for name in sides if name != "ours"}
+    return compare(row, case, sides, targets, bench.pairs, check, note, scaled)
 
 
 def blobs_sweep(bench: Bench) -> list[Line]:
@@ -644,7 +710,7 @@ def _one_hidden_layer(width: int) -> Callable:
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "product": product,
-    "blobs-sweep": blobs_sweep, "seeds": seeds,
+    "small-mlp": small_mlp, "blobs-mlp": blobs_mlp, "blobs-sweep": blobs_sweep, "seeds": seeds,
     "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cluster": cluster_scaling,
     "cost-growth": cost_growth,
 }  # fmt: skip
