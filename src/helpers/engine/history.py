@@ -21,9 +21,9 @@ class History:
         self.replicas = replicas
         self.rows: list[dict[str, object]] = []
         self.diverged_at = torch.full((replicas,), math.nan, dtype=torch.float64)
-        self._losses: list[tuple[Sequence[int], torch.Tensor]] = []
+        self._losses: list[tuple[np.ndarray, torch.Tensor]] = []
 
-    def add_losses(self, sizes: Sequence[int], losses: torch.Tensor) -> None:
+    def add_losses(self, sizes: np.ndarray, losses: torch.Tensor) -> None:
         """Note minibatches' sizes and their mean losses ``(minibatches, replicas)``."""
         self._losses.append((sizes, losses))
 
@@ -36,7 +36,7 @@ class History:
         """Hand out, once, sizes ``(steps,)`` and losses ``(steps, replicas)`` since the last record or call."""
         if not self._losses:
             return torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.replicas, dtype=torch.float64)
-        sizes = torch.tensor([size for sizes, _ in self._losses for size in sizes], dtype=torch.float64)
+        sizes = torch.from_numpy(np.concatenate([sizes for sizes, _ in self._losses])).double()
         losses = torch.cat([losses for _, losses in self._losses]).cpu().double()
         first_step = steps - len(sizes) + 1
         bad = ~losses.isfinite()

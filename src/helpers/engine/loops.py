@@ -246,6 +246,53 @@ def _accumulate(a, into, net, n, across, alpha, active):
 
 
 @_compiled
+def _single(a, net, labels, squared, into, alpha):
+    """All of a step on one example, of a net with narrow inputs and one hidden layer, without a call to the others.
+
+    Where a step is so short, calling them takes longer than what they compute. Returns the loss.
+    """
+    given, units, classes, head = net[0, 0], net[0, 1], net[0, 2], net[1, 1]
+    h, z, slope = a[net[2, 1] : net[2, 1] + units], net[2, 2], a[net[3, 1] : net[3, 1] + units]
+    bias = a[given * units : head]
+    for k in range(units):
+        h[k] = bias[k]
+    for i in range(given):
+        row, x = a[i * units : (i + 1) * units], a[net[2, 0] + i]
+        for k in range(units):
+            h[k] += x * row[k]
+    for k in range(units):
+        h[k] = _ZERO if h[k] <= 0 else h[k]
+        slope[k] = _ZERO
+    for o in range(classes):
+        row, total = a[head + o * units : head + (o + 1) * units], _ZERO
+        for k in range(units):
+            total += row[k] * h[k]
+        a[z + o] = a[head + classes * units + o] + total
+    loss = _loss_and_slope(a, z, 1, classes, classes, 1, labels, squared)
+    for o in range(classes):
+        row, own = a[head + o * units : head + (o + 1) * units], a[z + o]
+        for k in range(units):
+            slope[k] += own * row[k]
+    for o in range(classes):
+        at, step = into + head + o * units, alpha * a[z + o]
+        row = a[at : at + units]
+        for k in range(units):
+            row[k] += step * h[k]
+        a[into + head + classes * units + o] += step
+    for k in range(units):
+        own = slope[k]
+        slope[k] = _ZERO if h[k] <= 0 else own
+    for i in range(given):
+        row, x = a[into + i * units : into + (i + 1) * units], alpha * a[net[2, 0] + i]
+        for k in range(units):
+            row[k] += x * slope[k]
+    row = a[into + given * units : into + head]
+    for k in range(units):
+        row[k] += alpha * slope[k]
+    return loss
+
+
+@_compiled
 def _adam(a, size, gradient, first, rate, betas, keep, t):
     """One step of Adam, as torch's; ``keep`` is the share of the weights that AdamW's decay leaves."""
     w, g = a[:size], a[gradient : gradient + size]
@@ -259,7 +306,26 @@ def _adam(a, size, gradient, first, rate, betas, keep, t):
 
 
 @_compiled
-def _descend(params, moments, gradient, net, x, y, order, sizes, rates, squared, rule, betas, decay, done, a, losses):
+def _descend(
+    params,
+    moments,
+    gradient,
+    net,
+    x,
+    y,
+    order,
+    sizes,
+    rates,
+    squared,
+    rule,
+    betas,
+    decay,
+    done,
+    a,
+    labels,
+    active,
+    losses,
+):
     """Take all steps of every replica: ``params`` and ``moments`` move, ``gradient`` becomes the last step's.
 
     a: memory of one replica: its parameters, their gradient, their moments, then what ``net`` places.
@@ -267,14 +333,17 @@ def _descend(params, moments, gradient, net, x, y, order, sizes, rates, squared,
         their gradient lie in ``a``.
     """
     size, last = params.shape[1], net.shape[1] - 1
-    dim, classes = net[0, 0], net[0, last]
+    dim, classes, single = net[0, 0], net[0, last], last == 2 and net[0, 0] < _NARROW <= net[0, 1]
     kept = 2 * size  # the first moment; the last one collects a step's move
     into = kept + (moments.shape[1] - 1) * size
-    labels, active = np.empty(sizes.max(), np.int64), np.empty(_BLOCK, np.int64)
     for r in range(len(params)):
-        a[:size], a[size:kept], start = params[r], _ZERO, 0
+        start, w, collected, move, own = 0, a[:size], a[size:kept], a[into : into + size], params[r]
+        for k in range(size):
+            w[k] = own[k]
         for i in range(moments.shape[1]):
-            a[kept + i * size : kept + (i + 1) * size] = moments[r, i]
+            moment, own = a[kept + i * size : kept + (i + 1) * size], moments[r, i]
+            for k in range(size):
+                moment[k] = own[k]
         for step in range(len(sizes)):
             n, rate = sizes[step], rates[step, r]
             across = dim < _NARROW and n >= _ACROSS
@@ -289,34 +358,41 @@ def _descend(params, moments, gradient, net, x, y, order, sizes, rates, squared,
                     for i in range(dim):
                         copied[i] = row[i]
             start += n
-            _forward(a, net, n, across, active)
-            by_n, by_class = (1, n) if across else (classes, 1)
-            losses[step, r] = _loss_and_slope(a, net[2, last], n, classes, by_n, by_class, labels, squared)
-            _backward(a, net, n, across, active)
+            if rule != _PLAIN:
+                for k in range(size):
+                    before = betas[0] * move[k] if rule == _MOMENTUM else _ZERO
+                    move[k] = before + decay * w[k] if rule != _ADAMW else _ZERO
+            target, alpha = (0, -rate) if rule == _PLAIN else (into, _ONE)
+            if single and n == 1:
+                losses[step, r] = _single(a, net, labels, squared, target, alpha)
+            else:
+                _forward(a, net, n, across, active)
+                by_n, by_class = (1, n) if across else (classes, 1)
+                losses[step, r] = _loss_and_slope(a, net[2, last], n, classes, by_n, by_class, labels, squared)
+                _backward(a, net, n, across, active)
+                _accumulate(a, target, net, n, across, alpha, active)
             if step == len(sizes) - 1:
+                for k in range(size):
+                    collected[k] = _ZERO
                 _accumulate(a, size, net, n, across, _ONE, active)
-            if rule == _PLAIN:
-                _accumulate(a, 0, net, n, across, -rate, active)
-                continue
-            w, move = a[:size], a[into : into + size]
-            for k in range(size):
-                before = betas[0] * move[k] if rule == _MOMENTUM else _ZERO
-                move[k] = before + decay * w[k] if rule != _ADAMW else _ZERO
-            _accumulate(a, into, net, n, across, _ONE, active)
             if rule == _MOMENTUM:
                 for k in range(size):
                     w[k] -= rate * move[k]
-            else:
+            elif rule != _PLAIN:
                 keep = np.float32(1 - rate * decay) if rule == _ADAMW else _ONE
                 _adam(a, size, into, kept, rate, betas, keep, done + step + 1)
-        params[r], gradient[r] = a[:size], a[size:kept]
+        own, its = params[r], gradient[r]
+        for k in range(size):
+            own[k], its[k] = w[k], collected[k]
         for i in range(moments.shape[1]):
-            moments[r, i] = a[kept + i * size : kept + (i + 1) * size]
+            moment, own = a[kept + i * size : kept + (i + 1) * size], moments[r, i]
+            for k in range(size):
+                own[k] = moment[k]
 
 
 @torch.no_grad()
 def descend(
-    stack: Kernel, optimizer: Descent | Elementwise, order: torch.Tensor, sizes: Sequence[int], rates: np.ndarray
+    stack: Kernel, optimizer: Descent | Elementwise, order: torch.Tensor, sizes: np.ndarray, rates: np.ndarray
 ) -> torch.Tensor:
     """Take a step for each of ``sizes``: move the weights and the optimizer's state, and leave the last gradient.
 
@@ -329,7 +405,7 @@ def descend(
     weights = [0, *itertools.accumulate((given + 1) * out for _, out, given in shapes)]
     params, (rule, kinds, betas, decay) = _packed(shapes, stack.parameters), _rule(optimizer)
     (replicas, count), collected = params.shape, len(kinds) + (len(kinds) > 1)  # Adam's step has a gradient of its own
-    scratch = (max(sizes) * width for width in (*widths, *widths[1:-1]))
+    scratch = (int(sizes.max()) * width for width in (*widths, *widths[1:-1]))
     units = [*itertools.accumulate(scratch, initial=(2 + collected) * count)]
     net = np.array([widths, weights, units[: len(widths)], [0, *units[len(widths) : -1], units[len(shapes)]]])
     moments = params.new_zeros(replicas, collected, count)
@@ -340,10 +416,14 @@ def descend(
     gradient, losses = torch.zeros_like(params), params.new_empty(len(sizes), replicas)
     arrays = (params, moments, gradient, inputs.flatten(1), targets, order.contiguous(), losses)
     params_, moments_, gradient_, x, y, order_, losses_ = (t.detach().numpy() for t in arrays)
-    memory = np.empty(units[-1], np.float32)
+    memory, labels, active = (
+        np.empty(units[-1], np.float32),
+        np.empty(sizes.max(), np.int64),
+        np.empty(_BLOCK, np.int64),
+    )
     _descend(
-        params_, moments_, gradient_, net, x, y, order_, np.array(sizes), rates.astype(np.float32),
-        stack.problem.loss is squared_error, rule, np.array(betas), decay, done, memory, losses_,
+        params_, moments_, gradient_, net, x, y, order_, sizes, rates.astype(np.float32),
+        stack.problem.loss is squared_error, rule, np.array(betas), decay, done, memory, labels, active, losses_,
     )  # fmt: skip
     for name, value in _unpacked(shapes, params).items():
         stack.parameters[name].copy_(value)

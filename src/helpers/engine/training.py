@@ -8,7 +8,6 @@ next ``batch_size`` entries of that order. So runs at two batch sizes see the sa
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import numbers
 import time
@@ -181,15 +180,15 @@ class Training:
         started, looped = time.perf_counter(), self._looped
         left = self.dataset.num_train - self.examples_seen % self.dataset.num_train
         count = math.ceil(min(most if looped else 1, _AT_ONCE, left / self._batch_size))
-        sizes = [min(self._batch_size, left - i * self._batch_size) for i in range(count)]
+        sizes = np.minimum(self._batch_size, left - self._batch_size * np.arange(count))
         rates = [self._lr] * count
         if self._lr_schedule is not None:
-            seen = itertools.accumulate(sizes[:-1], initial=self.examples_seen)
-            rates = [at_epoch(self._lr_schedule, examples / self.dataset.num_train) for examples in seen]
+            seen = self.examples_seen + self._batch_size * np.arange(count)
+            rates = [at_epoch(self._lr_schedule, int(each) / self.dataset.num_train) for each in seen]
             self._lr = rates[-1]
         self._history.add_losses(sizes, self._loop(sizes, rates) if looped else self._update())
         self.steps += count
-        self.examples_seen += sum(sizes)
+        self.examples_seen += int(sizes.sum())
         self.seconds += time.perf_counter() - started
 
     @property
@@ -198,10 +197,10 @@ class Training:
         of_ours = isinstance(self._optimizer, optimizers.Descent | optimizers.Elementwise)
         return self.stack.looped and whole and of_ours and self.clip_norm is None
 
-    def _loop(self, sizes: Sequence[int], rates: Sequence) -> torch.Tensor:
+    def _loop(self, sizes: np.ndarray, rates: Sequence) -> torch.Tensor:
         from helpers.engine import loops  # here, since numba takes half a second to import
 
-        indices = self._order.next(self.examples_seen, sum(sizes))
+        indices = self._order.next(self.examples_seen, int(sizes.sum()))
         each = np.broadcast_to(np.reshape(rates, (len(sizes), -1)), (len(sizes), len(self.seeds)))
         return loops.descend(self.stack, self._optimizer, indices, sizes, each)
 
