@@ -8,7 +8,7 @@ import torch
 from oracles import mlp_gradient, mlp_loss, one_replica
 
 from helpers import Dataset, Net, Problem, Training, schedule
-from helpers.engine import loops
+from helpers.engine import compiled
 from helpers.problems import LOSSES, nets
 
 
@@ -136,7 +136,7 @@ def test_a_replica_that_diverges_is_known_by_its_step_and_leaves_the_next_one_al
 def test_a_loop_that_can_be_kept_nowhere_is_compiled_in_memory():
     made = {}
     exec("def double(x):\n    return 2 * x", made)  # of no file, beside which its machine code could lie
-    assert loops._compiled(made["double"])(3.0) == 6.0
+    assert compiled.kept(made["double"])(3.0) == 6.0
 
 
 def test_steps_stop_at_records_and_at_the_end_of_an_epoch():
