@@ -288,7 +288,7 @@ def _against_loops(
 
     sides, scaled = {"ours": ours, "JAX": loops[min(tried, key=tried.get)]}, {}
     for name, compiled in (("SGD(fused)", False), ("torch.compile", True)):
-        if rates or (compiled and (len(seeds) > 1 or batch_size < 64)):  # then each step's checks take the longest
+        if rates or (compiled and (bench.smoke or len(seeds) > 1 or batch_size < 64)):  # it pays at large batches
             continue
         sides[name] = baselines.torch_epoch(weights, dataset, order[0], batch_size, LR, compiled)
         if len(seeds) > 1:
