@@ -21,7 +21,7 @@ def train(inputs, hidden=(50,), loss="cross_entropy", **settings):
     data = dataset(inputs)
     net = functools.partial(nets.MLP, data.input_shape, 5, hidden, nets.xavier_normal)
     training = Training(Problem(data, Net(net), LOSSES[loss]), **{"seeds": [0, 1], "lr": 0.1, **settings})
-    assert training.stack.looped
+    assert training.stack.looped(training.batch_size)
     return training
 
 

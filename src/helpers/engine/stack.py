@@ -85,13 +85,16 @@ class Stack:
     problem: Problem
     replicas: int
     factors: Sequence[kernels.Factors] = ()  # the last gradient, where the kernel gives it in closed form
-    looped = False  # whether the steps of an optimizer of ours are a compiled loop (``loops``)
     _nothing_but_parameters: bool | None = None
 
     @property
     def closed_form(self) -> bool:
         """Whether there is ``backpropagate``."""
         return self.kernel is not None and self.kernel.closed_form
+
+    def looped(self, batch_size: int) -> bool:
+        """Whether our optimizers' steps are one compiled loop (``loops``)."""
+        return False
 
     def train(self, mode: bool = True) -> Stack:
         """Switch dropout and batch statistics on or off."""
@@ -177,10 +180,12 @@ class Kernel(Stack):
         self._leaves: list[dict[str, torch.Tensor]] = []
         self._kept: Callable[[], dict[str, torch.Tensor]] | None = None  # the last gradient, of a compiled loop
 
-    @property
-    def looped(self) -> bool:
-        small = self.closed_form and self.kernel.multiply_adds < kernels.LOOPED_BELOW
-        return small and self.problem.dataset.device.type == "cpu" and self.kernel.head.weight.dtype == torch.float32
+    def looped(self, batch_size: int) -> bool:
+        net, head = self.kernel, self.kernel.head.weight
+        if not self.closed_form or not head.is_cpu or head.dtype != torch.float32:
+            return False
+        activations = batch_size * (head.shape[1] + sum(layer.weight.shape[2] for layer in (*net.layers, net.head)))
+        return net.multiply_adds < kernels.LOOPED_BELOW and activations < kernels.LOOPED_ACTIVATIONS
 
     @property
     def roots(self) -> list[nn.Module]:

@@ -195,7 +195,7 @@ class Training:
     def _looped(self) -> bool:
         whole = self._micro.closed_form and (self._micro.size or self._batch_size) >= self._batch_size
         of_ours = isinstance(self._optimizer, optimizers.Descent | optimizers.Elementwise)
-        return self.stack.looped and whole and of_ours and self.clip_norm is None
+        return self.stack.looped(self._batch_size) and whole and of_ours and self.clip_norm is None
 
     def _loop(self, sizes: np.ndarray, rates: Sequence) -> torch.Tensor:
         from helpers.engine import loops  # here, since numba takes half a second to import
