@@ -58,6 +58,8 @@ def run(
 ) -> pd.DataFrame:
     """Train every setting with every seed; returns the history of all, with a column per setting.
 
+    Runs that differ in rate alone may be trained side by side: the same to the bit, ``seconds`` in equal shares.
+
     settings: dicts over ``settings.DEFAULTS`` (``grid`` makes them), by names or with a ``problem``; as a mapping, its
         keys become a column ``label``. A run is ``epochs`` long, recorded every
         ``record_every``; or, where ``steps`` is given, it is that long and recorded at its beginning, its end and after
@@ -246,12 +248,13 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
         s["problem"], seeds=seeds, measures=geometry.distances, **{k: s[k] for k in of_runs.OF_TRAINING}
     )
     arrays: list[dict[str, np.ndarray]] = [{} for _ in seeds]
+    shares = len(seeds) if isinstance(s["lr"], tuple) else 1  # a stack of rates is recorded as runs that are alone
     start = 0
     if trunk is not None:
         start, prefix = branch_at, f"{branch_at}/"
         names = [name for name in trunk[0][1] if name.startswith(prefix)]
         state = {n.removeprefix(prefix): torch.from_numpy(np.concatenate([a[n] for _, a in trunk])) for n in names}
-        training.resume(state, pd.concat([frame for frame, _ in trunk]))
+        training.resume(state, pd.concat([frame.assign(seconds=frame.seconds * shares) for frame, _ in trunk]))
         for mine, (_, kept) in zip(arrays, trunk):
             mine |= {name: value for name, value in kept.items() if int(name.split("/")[0]) in snapshots}
     splits = (s["target"][0].removesuffix("_accuracy"),) if s["target"] else ("train", "test")
@@ -268,7 +271,7 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
             for name, value in training.state().items():
                 for replica, mine in enumerate(arrays):
                     mine[f"{epoch}/{name}"] = value[replica : replica + 1].numpy()
-    history = training.history
+    history = training.history.assign(seconds=lambda h: h.seconds / shares, replicas=len(seeds) // shares)
     records = len(history) // len(seeds)
     histories = [history[i : i + records] for i in range(0, len(history), records)]
     if s["steps"]:  # a run's history ends where it would have alone, whatever the others of its stack do
@@ -282,7 +285,7 @@ _evaluated: dict[tuple[str, str], torch.Tensor] = {}
 def _untrained(problem: Problem, starts: Mapping[str, int], split: str) -> dict[str, torch.Tensor]:
     """Loss and accuracy of untrained networks, by their ``start``: each is evaluated once a process."""
     if any((start, split) not in _evaluated for start in starts):
-        found = torch.stack(Training(problem, seeds=list(starts.values())).evaluate(split), 1)
+        found = torch.stack(Training(problem, seeds=list(starts.values()), batch_size=1).evaluate(split), 1)
         _evaluated.update({(start, split): pair for start, pair in zip(starts, found)})
     return {start: _evaluated[start, split] for start in starts}
 
