@@ -181,6 +181,44 @@ def test_backpropagation_by_hand_equals_autograd_in_float64(hidden, examples, lo
         torch.testing.assert_close(found[name].double(), 1 - 0.5 * p.grad, rtol=1e-5, atol=1e-5 * scale + 1e-6)
 
 
+@pytest.mark.parametrize("input_shape", [(1, 28, 28), (2, 9, 15)])
+@pytest.mark.parametrize("examples", [1, 2, 33])  # a single one is not put into oneDNN's layout
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_a_cnn_in_float32_gives_the_losses_and_gradients_of_its_ordinary_modules(input_shape, examples, replicas):
+    s = build("plain_cnn", input_shape, 4, range(replicas))
+    for p in s.parameters.values():
+        p.data.add_(0.03 * random_inputs(*p.shape))  # biases too
+    modules = [module_of(s, replica) for replica in range(replicas)]
+    x, y = random_inputs(replicas, examples, *input_shape), torch.arange(replicas * examples).view(replicas, -1) % 4
+    with torch.no_grad():
+        logits = s.kernel(x)
+    losses = s.backward(x, y)
+    s.backward(x, y, share=0.5)  # on top, as a second micro-batch
+    for replica, module in enumerate(modules):
+        expected = module(x[replica].double())
+        torch.testing.assert_close(logits[replica].double(), expected, rtol=1e-4, atol=1e-4)
+        loss = F.cross_entropy(expected, y[replica])
+        torch.testing.assert_close(losses[replica].double(), loss.detach(), rtol=1e-5, atol=1e-5)
+        loss.backward()
+        for k, p in module.named_parameters():
+            found, scale = s.parameters[k].grad[replica].double(), p.grad.abs().max().item()
+            torch.testing.assert_close(found, 1.5 * p.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_cnn_whose_sums_overflow_says_nan_as_its_ordinary_module_does():
+    s = build("plain_cnn", (1, 8, 8), 4, [0])
+    for name in ("layers.0.weight", "layers.1.weight"):
+        s.parameters[name].data.mul_(1e20)
+    x = random_inputs(5, 1, 8, 8)
+    for logits in (
+        module_of(s, 0).float()(x),
+        s.outputs(x),
+        s.kernel.differentiable_once(x[None]),
+        torch.no_grad()(s.outputs)(x),
+    ):
+        assert logits.isnan().all()
+
+
 def test_only_a_perceptron_without_normalisation_has_a_closed_form():
     for name, norm in itertools.product(nets.NETS, nets.NORMS):
         s = build(name, (1, 8, 8), 10, [0], norm=norm)

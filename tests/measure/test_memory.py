@@ -85,6 +85,11 @@ def test_a_storage_is_counted_once_and_whole():
         assert (saved.now, saved.peak) == (0, 840)
 
 
+def test_a_cnn_in_onednns_layout_is_refused_with_the_way_out():
+    with memory.Saved(), pytest.raises(ValueError, match="train with closed_form=False"):
+        Training(digits("plain_cnn"), batch_size=30).step()
+
+
 def test_counting_changes_no_gradient():
     one, other = (Training(digits("plain_cnn", norm="batch"), batch_size=30) for _ in range(2))
     with memory.Saved(without=one.stack.parameters.values()):
@@ -179,7 +184,8 @@ def test_the_largest_batch_of_a_budget_is_predicted():
 
 
 def test_the_peak_of_a_step_is_at_least_what_it_saves_and_flat_in_the_accumulation_steps():
-    steps = [Training(digits("plain_cnn"), batch_size=b, micro_batch_size=300) for b in (300, 600)]
+    own = {"micro_batch_size": 300, "closed_form": False}
+    steps = [Training(digits("plain_cnn"), batch_size=b, **own) for b in (300, 600)]
     with memory.Saved(without=steps[0].stack.parameters.values()) as saved:
         steps[0].branch().step()
     one, two = memory.peaks([training.step for training in steps])
@@ -222,7 +228,7 @@ def test_the_residual_is_the_largest_relative_one_of_least_squares():
 
 def test_saved_bytes_are_a_straight_line_and_the_largest_batch_is_the_largest():
     def step(batch, limit=np.inf):
-        training = Training(digits("plain_cnn"), batch_size=batch)
+        training = Training(digits("plain_cnn"), batch_size=batch, closed_form=False)
         with memory.Saved(without=training.stack.parameters.values(), limit=limit) as saved:
             training.step()
         return saved.peak

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.backends import mkldnn
 
 from helpers.problems import nets
 
@@ -223,6 +224,10 @@ class Model(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(x))
 
+    def differentiable_once(self, x: torch.Tensor) -> torch.Tensor:
+        """The same logits, in the fastest graph of which gradients can be had, but not gradients of gradients."""
+        return self(x)
+
     @torch.no_grad()
     def restore(self, weights: Mapping[str, torch.Tensor]) -> Model:
         """Take over ``weights`` by name, each with its replica axis; a single replica's go to every replica.
@@ -317,6 +322,8 @@ class CNN(Model):
         self.head = Linear(replicas, net.head.in_features, net.head.out_features)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() and self._in_blocks(x):
+            return self._features_in_blocks(x)
         replicas, examples = x.shape[:2]
         x = x.transpose(0, 1).flatten(1, 2)
         for layer, norm in itertools.zip_longest(self.layers, self.norms):
@@ -325,6 +332,36 @@ class CNN(Model):
                 x = norm(x)
             x = F.max_pool2d(x.relu() if torch.is_grad_enabled() else x.relu_(), 2)
         return x.view(examples, replicas, -1).transpose(0, 1)
+
+    def differentiable_once(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self._features_in_blocks(x)) if self._in_blocks(x) else self(x)
+
+    def _features_in_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """The same bits, replica by replica, in oneDNN's own layout: blocks of channels, which also pool fast.
+
+        On a CPU with AVX-512 it takes a quarter of the time without a graph, less than half with one (a third for a
+        stack, whose grouped convolution is slow). oneDNN's graph can be differentiated once.
+        """
+        features = []
+        for replica, h in enumerate(x.unbind()):
+            h = h.to_mkldnn()
+            for layer in self.layers:
+                weight, bias = layer.weight[replica], layer.bias[replica]
+                h = F.max_pool2d(F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2), 2, 2)  # ReLU: of a quarter
+                h = h.relu() if torch.is_grad_enabled() else h.relu_()
+            features.append(h.to_dense().flatten(1))
+        return torch.stack(features) if len(features) > 1 else features[0].unsqueeze(0)
+
+    @torch.no_grad()
+    def _in_blocks(self, x: torch.Tensor) -> bool:
+        """Whether oneDNN's layout is right for the inputs: of a single example it is slow, and has other bits."""
+        if self.norms or not x.is_cpu or x.dtype != torch.float32 or x.shape[1] < 2 or not mkldnn.is_available():
+            return False
+        # Its pooling passes over NaN: no sum may overflow, or a network that diverges would seem to go on.
+        bound = torch.linalg.vector_norm(x, torch.inf)
+        for layer in self.layers:
+            bound = bound * torch.linalg.vector_norm(layer.weight, 1) + torch.linalg.vector_norm(layer.bias, 1)
+        return bool(bound.isfinite())
 
 
 def _norm(replicas: int, norm: nn.Module) -> _Norm:

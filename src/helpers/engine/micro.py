@@ -18,13 +18,10 @@ def exhausted(error: BaseException) -> bool:
 
 
 class MicroBatches:
-    """Gradients of minibatches, in micro-batches of at most ``size`` examples (None: whole minibatches).
+    """Gradients of minibatches, in micro-batches of at most ``size`` examples (None: whole minibatches)."""
 
-    closed_form: take a kernel's gradient in closed form where it has one; by autograd otherwise.
-    """
-
-    def __init__(self, size: int | None, closed_form: bool):
-        self.size, self.closed_form = size, closed_form
+    def __init__(self, size: int | None):
+        self.size = size
 
     def gradient(self, stack: Stack, indices: torch.Tensor, step: int) -> torch.Tensor:
         """Leave the minibatch's gradient in the stack; returns its mean losses ``(replicas,)``.
@@ -35,7 +32,7 @@ class MicroBatches:
         while True:
             size = min(self.size or indices.shape[1], indices.shape[1])
             try:
-                if size == indices.shape[1] and self.closed_form and stack.closed_form:
+                if size == indices.shape[1] and stack.closed_form:
                     return stack.backpropagate(*stack.batch(indices))
                 stack.clear()
                 return self._accumulate(stack, indices, size, buffers, step)

@@ -85,12 +85,13 @@ class Stack:
     problem: Problem
     replicas: int
     factors: Sequence[kernels.Factors] = ()  # the last gradient, where the kernel gives it in closed form
+    by_hand = True  # False: gradients by autograd on ordinary tensors, so that the memory it keeps can be counted
     _nothing_but_parameters: bool | None = None
 
     @property
     def closed_form(self) -> bool:
         """Whether there is ``backpropagate``."""
-        return self.kernel is not None and self.kernel.closed_form
+        return self.by_hand and self.kernel is not None and self.kernel.closed_form
 
     def looped(self, batch_size: int) -> bool:
         """Whether our optimizers' steps are one compiled loop (``loops``)."""
@@ -250,7 +251,8 @@ class Kernel(Stack):
 
         step: number of the step and of the micro-batch in it, which seed dropout.
         """
-        losses = self.losses(inputs, targets, shared=False).mean(1)
+        logits = self.kernel.differentiable_once(inputs) if self.by_hand else self.kernel(inputs)
+        losses = kernels.example_losses(logits, targets, self.problem.loss).mean(1)
         (losses.sum() if share == 1 else losses.sum() * share).backward()
         return losses.detach()
 

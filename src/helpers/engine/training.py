@@ -53,7 +53,8 @@ class Training:
     micro_batch_size: examples in memory at a time; a step's gradient is summed over them. Where memory does not
         suffice it is halved until it does, with a warning.
     measures: adds columns to the history: (stack, initial weights) → name → ``(replicas,)``.
-    closed_form: gradients of built-in perceptrons in closed form; False for autograd's way, so that its memory counts.
+    closed_form: gradients of built-in nets in the fastest way, of perceptrons in closed form; False for autograd's, so
+        that its memory counts.
     Raises ValueError for settings that cannot be trained.
 
     >>> from helpers import problems
@@ -98,7 +99,8 @@ class Training:
         self._measures = measures
         self._history = History(len(self.seeds))
         self._order = Order(self.dataset.num_train, self.seeds, self.dataset.device)
-        self._micro = MicroBatches(None, closed_form)
+        self._micro = MicroBatches(None)
+        self.stack.by_hand = closed_form
         self.batch_size, self.lr, self.micro_batch_size = batch_size, lr, micro_batch_size
         self._optimizer = optimizers.make(
             optimizer, self.stack, lr=self._lr, momentum=momentum, betas=betas, weight_decay=weight_decay

@@ -41,7 +41,8 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
     without: tensors that are not counted, such as the parameters.
     limit: bytes beyond which it raises ``torch.OutOfMemoryError``, as a full device does.
-    ``now`` and ``peak`` are in bytes. A gradient in closed form keeps nothing: train with ``closed_form=False``.
+    ``now`` and ``peak`` are in bytes. Built-in nets keep nothing that it can count unless trained with
+    ``closed_form=False``.
     """
 
     def __init__(self, without: Iterable[torch.Tensor] = (), limit: float = math.inf):
@@ -57,6 +58,8 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _pack(self, tensor: torch.Tensor) -> object:
+        if tensor.is_mkldnn:
+            raise ValueError("tensors in oneDNN's layout cannot be counted; train with closed_form=False")
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address in self._excluded:
