@@ -54,6 +54,16 @@ def random_inputs(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(params=[True, False], ids=["AVX-512", "AVX2"])
+def capability(request, monkeypatch):
+    """Both kinds of CPU, which multiply by libraries of their own."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512" if request.param else "AVX2")
+    kernels._onednn.cache_clear()
+    yield
+    kernels._onednn.cache_clear()
+
+
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("rows", "given", "out"), [(1, 300, 400), (3, 5, 400), (40, 300, 257), (9, 7, 3), (1024, 40, 784)]
@@ -158,6 +168,7 @@ def test_the_gradient_of_the_summed_losses_is_each_ordinary_modules(name, input_
             torch.testing.assert_close(s.parameters[k].grad[replica], p.grad, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("capability")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("hidden", [[50], [20, 30], [300, 200]])
 @pytest.mark.parametrize("examples", [1, 4, 5, 15, 16, 33])  # a CPU adds few examples to large weights in other ways

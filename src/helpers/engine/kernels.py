@@ -29,9 +29,10 @@ LOOPED_BELOW, LOOPED_ACTIVATIONS = 200_000, 2_000_000
 # Below 16 examples a CPU's product of two narrow matrices is slow (1024 × 1024 weights: 0.71 ms from 2 examples, 0.36
 # from 16): so few are added one by one (0.08 ms each), and from here on, filled up with zeros to 16.
 _ONE_BY_ONE, _FILLED_TO = 4, 16
-# PyTorch's own float32 products on a CPU are MKL's, which keeps its widest instructions for its vendor's CPUs. On
-# others oneDNN's, which torch brings too, takes half the time (AMD EPYC, 1024 × 1024 weights, 64 and 1,024 examples),
-# once there are so many rows, columns and terms to a sum. Its operator is the one that torch.compile calls.
+# PyTorch's own float32 products on a CPU are MKL's, which keeps AVX-512 for its vendor's CPUs. With AVX-512, oneDNN's,
+# which torch brings too, take half the time on others (AMD EPYC of Zen 4, 1024 × 1024 weights, 64 and 1,024 examples),
+# once there are so many rows, columns and terms to a sum; without it, up to a tenth more (Zen 3). So a result's last
+# bits belong to one kind of CPU, and so does a store. The operator is the one that torch.compile calls.
 _ONEDNN_ROWS, _ONEDNN_COLUMNS, _ONEDNN_TERMS = 3, 256, 32
 
 # The C library (glibc) gives blocks as large as a large batch's activations back when they are freed, and the next step
@@ -42,7 +43,8 @@ torch.empty(8_000_000)
 
 @functools.cache
 def _onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,7 +104,7 @@ class Factors(NamedTuple):
         bias.add_(delta.sum(-2), alpha=alpha)
         if delta.dim() == 3:
             weight.baddbmm_(delta.transpose(1, 2), given, alpha=alpha)
-        elif examples >= _ONEDNN_TERMS:
+        elif examples >= _ONEDNN_TERMS and delta.is_cpu and _onednn():
             weight.add_(product(delta.t(), given.t()), alpha=alpha)
         elif examples > _ONE_BY_ONE:
             if examples < _FILLED_TO:
@@ -358,7 +360,7 @@ class CNN(Model):
         if self.norms or not x.is_cpu or x.dtype != torch.float32 or x.shape[1] < 2 or not mkldnn.is_available():
             return False
         # Its pooling passes over NaN: no sum may overflow, or a network that diverges would seem to go on.
-        bound = torch.linalg.vector_norm(x, torch.inf)
+        bound = torch.linalg.vector_norm(x)  # at least the largest
         for layer in self.layers:
             bound = bound * torch.linalg.vector_norm(layer.weight, 1) + torch.linalg.vector_norm(layer.bias, 1)
         return bool(bound.isfinite())
