@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from helpers.engine import kernels
-from helpers.problems import pick_device
+from helpers.problems import Problem, pick_device
 from helpers.problems.dataset import Tensors
 from helpers.sweep import processes
 
@@ -136,6 +136,78 @@ def blobs_loop(
     return history
 
 
+def torch_epoch(
+    problem: Problem,
+    seeds: Sequence[int],
+    order: torch.Tensor,
+    batch_size: int,
+    compiled: bool = False,
+    channels_last: bool = False,
+    **sgd: object,
+) -> tuple[Callable[[], Callable], float]:
+    """An epoch of SGD on tensors in memory, seeds in turn, and the seconds that its compiled step took to compile.
+
+    The step of https://docs.pytorch.org/tutorials/beginner/basics/optimization_tutorial.html, compiled whole as in
+    https://docs.pytorch.org/tutorials/intermediate/torch_compile_tutorial.html; ``sgd``: options of
+    https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html; ``channels_last``:
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html.
+
+    order: of the examples, int64 ``(seeds, examples)``. The call returns each step's loss, ``(seeds, steps)``.
+    """
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    start = [problem.net.module(seed).state_dict() for seed in seeds]
+    x, y = (problem.dataset.tensors("train")[i] for i in (0, 1))
+    x, net = x.contiguous(memory_format=form), problem.net.module(0).to(x.device, memory_format=form)
+    optimizer = torch.optim.SGD(net.parameters(), **sgd)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    call = torch.compile(step) if compiled else step
+
+    def epoch() -> torch.Tensor:
+        losses = []
+        for weights, one in zip(start, order):
+            net.load_state_dict(weights)
+            for state in optimizer.state.values():  # the momentum of the seed before; there is no other state
+                state["momentum_buffer"].zero_()
+            losses.append(torch.stack([call(x[minibatch], y[minibatch]) for minibatch in one.split(batch_size)]))
+        return torch.stack(losses)
+
+    seconds = _beyond_the_second(epoch) if compiled else 0.0
+    return lambda: epoch, seconds
+
+
+def torch_logits(
+    net: nn.Module, x: torch.Tensor, chunk: int, compiled: bool = False, channels_last: bool = False
+) -> tuple[Callable[[], Callable], float]:
+    """Logits chunk by chunk, without a graph, and the seconds to compile; see ``torch_epoch``."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x, net = x.contiguous(memory_format=form), net.eval().to(x.device, memory_format=form)
+    call = torch.compile(net) if compiled else net
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return torch.cat([call(part) for part in x.split(chunk)])
+
+    seconds = _beyond_the_second(forward) if compiled else 0.0
+    return lambda: forward, seconds
+
+
+def _beyond_the_second(call: Callable) -> float:
+    """Seconds that a first call, which compiles, takes beyond a second one."""
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return times[0] - times[1]
+
+
 def jax_perceptron(weights: Mapping[str, torch.Tensor], inputs_first: bool) -> tuple[Callable, dict]:
     """Logits of a perceptron, and its parameters, from ours: https://docs.jax.dev/en/latest/jax.nn.html.
 
@@ -154,6 +226,27 @@ def jax_perceptron(weights: Mapping[str, torch.Tensor], inputs_first: bool) -> t
         return linear(parameters, "head", x)
 
     return logits, {name: w.mT if inputs_first and w.dim() == 3 else w for name, w in weights.items()}
+
+
+def jax_cnn(weights: Mapping[str, torch.Tensor]) -> tuple[Callable, dict]:
+    """Logits of ``plain_cnn``, and its parameters, from ours; each convolution as a product of patches.
+
+    XLA's own, https://docs.jax.dev/en/latest/_autosummary/jax.lax.conv.html, takes ten times as long in a CPU's scan.
+    """
+    import jax
+    from jax import numpy as jnp
+
+    def logits(parameters: dict, x):
+        x = x.transpose(0, 2, 3, 1)
+        for layer in ("layers.0", "layers.1"):
+            (n, height, width, _), padded = x.shape, jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+            shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+            x = jnp.concatenate(shifted, -1) @ parameters[f"{layer}.weight"] + parameters[f"{layer}.bias"]
+            x = jax.nn.relu(x).reshape(n, height // 2, 2, width // 2, 2, -1).max((2, 4))
+        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        return x @ parameters["head.weight"].T + parameters["head.bias"]
+
+    return logits, {n: w.permute(0, 3, 4, 2, 1).flatten(1, 3) if w.dim() == 5 else w for n, w in weights.items()}
 
 
 def jax_epoch(
@@ -220,44 +313,17 @@ def jax_epoch(
     return prepare, seconds
 
 
-def torch_epoch(
-    weights: Mapping[str, torch.Tensor],
-    dataset: Tensors,
-    order: torch.Tensor,
-    batch_size: int,
-    lr: float,
-    compiled: bool,
-) -> Callable[[], Callable[[], torch.Tensor]]:
-    """An epoch of one seed's SGD on tensors in memory, from our first replica's weights; it returns each step's loss.
+def jax_logits(logits: Callable, parameters: Mapping, x: torch.Tensor, chunk: int) -> tuple[Callable, float]:
+    """One seed's logits chunk by chunk in one compiled call, and the seconds to compile; see ``jax_epoch``."""
+    import jax
 
-    Fused: https://docs.pytorch.org/docs/stable/generated/torch.optim.SGD.html; ``compiled``:
-    https://docs.pytorch.org/tutorials/recipes/compiling_optimizer.html.
-    """
-    names = [*(f"layers.{i}" for i in range(len(weights) // 2 - 1)), "head"]
-    shapes = [weights[f"{name}.weight"].shape for name in names]
-    net = perceptron([shapes[0][2], *(shape[1] for shape in shapes)], nn.init.zeros_, nn.init.zeros_)
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, fused=not compiled)
-    forward, descend = (torch.compile(net), torch.compile(optimizer.step)) if compiled else (net, optimizer.step)
-
-    def prepare() -> Callable[[], torch.Tensor]:
-        with torch.no_grad():
-            for layer, name in zip(net[1::2], names):
-                layer.weight.copy_(weights[f"{name}.weight"][0])
-                layer.bias.copy_(weights[f"{name}.bias"][0])
-
-        def epoch() -> torch.Tensor:
-            losses = []
-            for indices in order.split(batch_size):
-                loss = F.cross_entropy(forward(dataset.train_inputs[indices]), dataset.train_targets[indices])
-                loss.backward()
-                descend()
-                optimizer.zero_grad()
-                losses.append(loss.detach())
-            return torch.stack(losses)
-
-        return epoch
-
-    return prepare
+    given = {name: p[0].numpy(force=True) for name, p in parameters.items()}
+    parts = jax.device_put((given, x.numpy(force=True).reshape(-1, chunk, *x.shape[1:])))
+    lowered = jax.jit(lambda given, x: jax.lax.map(lambda part: logits(given, part), x)).lower(*parts)
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    return lambda: lambda: jax.block_until_ready(compiled(*parts)).reshape(len(x), -1), seconds
 
 
 def keras_backend() -> str:

@@ -25,7 +25,6 @@ import nbformat
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines
@@ -223,88 +222,110 @@ def mnist_roofline(bench: Bench) -> list[Line]:
     return lines
 
 
-def product(bench: Bench) -> list[Line]:
-    """A product as in the hidden layer of Shen's net, against PyTorch's own (on a CPU, MKL's or the like)."""
-    width, lines = bench.pick(1024, 256), []
-    for examples, repeats in bench.pick({64: 400, 1024: 30}, {64: 2}).items():
-        torch.manual_seed(0)
-        x, weight = torch.rand(examples, width), torch.rand(width, width)
-
-        def side(multiply: Callable, x: torch.Tensor = x, weight: torch.Tensor = weight, n: int = repeats) -> Side:
-            return lambda: lambda: [multiply(x, weight) for _ in range(n)][-1]
-
-        def check(results: Mapping) -> str:
-            return same("products", results["ours"], results["F.linear"], within=1e-5, relative=True)
-
-        sides = {"ours": side(kernels.product), "F.linear": side(F.linear)}
-        case = f"{examples:,} examples × {width} × {width}"
-        lines += compare("product", case, sides, {"F.linear": 1}, bench.pairs, check, f"{repeats} of each")
+def perceptron(bench: Bench) -> list[Line]:
+    """An epoch of Shen's net in memory, against PyTorch, compiled too, and JAX."""
+    dataset, lines = bench.images(bench.pick(6_144, 512), 1), []
+    for batch_size in bench.pick((16, 64, 256, 1024), (64,)):
+        training = ours_training(dataset, batch_size=batch_size)
+        ways = (baselines.jax_perceptron(training.weights(), first) for first in (False, True))
+        in_jax = dict(zip(("JAX, out × in", "JAX, in × out"), ways))
+        lines.append(_against_best(bench, "perceptron", training, in_jax))
     return lines
 
 
 def small_mlp(bench: Bench) -> list[Line]:
-    """An epoch of small_mlp without evaluation: seeds, and ten rates, side by side."""
+    """An epoch of small_mlp in memory: seeds, and ten rates, side by side."""
     images, lines = {1: 768, 4: 1_536}, []
     for batch_size in bench.pick([1, 4, 16, 64, 256, 1024], [4, 64]):
         dataset = bench.images(bench.pick(images.get(batch_size, 6_144), 128), 1)
         stacks = [{"seeds": range(count)} for count in bench.pick((1, 30), (1, 2))]
         if batch_size <= 64:
             stacks.append({"seeds": [0] * 10, "lr": [0.002 * 1.5**i for i in range(10)]})
-        for stack in stacks:
-            lines += _against_loops(bench, "small-mlp", dataset, "small_mlp", batch_size=batch_size, **stack)
+        lines += [_perceptron_line(bench, "small-mlp", dataset, "small_mlp", batch_size, **stack) for stack in stacks]
     return lines
 
 
 def blobs_mlp(bench: Bench) -> list[Line]:
-    """An epoch of brownlee_mlp without evaluation, on 20 copies of blobs."""
+    """An epoch of brownlee_mlp in memory, on 20 copies of blobs."""
     blobs, copies, seeds = problems.load("blobs", device="cpu"), *bench.pick((20, 30), (1, 2))
     x, y = blobs.tensors("train")
     dataset = Tensors("blobs", x.repeat(copies, 1), y.repeat(copies), x[:1], y[:1])
-    return [
-        line
-        for batch_size in bench.pick([1, 4, 32, 450], [32, 450])
-        for line in _against_loops(
-            bench, "blobs-mlp", dataset, "brownlee_mlp", batch_size=batch_size, seeds=range(seeds)
-        )
-    ]
+    sizes = bench.pick([1, 4, 32, 450], [32, 450])
+    return [_perceptron_line(bench, "blobs-mlp", dataset, "brownlee_mlp", b, seeds=range(seeds)) for b in sizes]
 
 
-def _against_loops(
-    bench: Bench, row: str, dataset: Tensors, model: str, *, batch_size: int, seeds: Sequence[int], lr: object = LR
-) -> list[Line]:
-    """Replicas on one core, against JAX's compiled loop, and against PyTorch on tensors in memory for one of them."""
-    make = functools.partial(ours_training, dataset, nets.NETS[model], seeds=seeds, batch_size=batch_size, lr=lr)
-    order = torch.stack([epoch_order(dataset.num_train, seed, 0) for seed in dict.fromkeys(seeds)])
-    weights, rates, loops, compiling = make().weights(), len(set(seeds)) < len(seeds), {}, []
-    for layout in (True, False):
-        logits, parameters = baselines.jax_perceptron(weights, layout)
-        loops[layout], seconds = baselines.jax_epoch(logits, parameters, dataset, order, batch_size, lr)
-        compiling.append(seconds)
-    tried = {layout: min(each) for layout, each in interleave(f"{row}, layouts", loops, 2)[0].items()}
+def _perceptron_line(
+    bench: Bench, row: str, dataset: Tensors, model: str, batch_size: int, seeds: Sequence[int], lr: object = LR
+) -> Line:
+    training = ours_training(dataset, nets.NETS[model], seeds=seeds, batch_size=batch_size, lr=lr)
+    ways = (baselines.jax_perceptron(training.weights(), first) for first in (False, True))
+    return _against_best(bench, row, training, dict(zip(("JAX, out × in", "JAX, in × out"), ways)))
 
-    def ours():
-        training = make()
-        return lambda: training.advance(epochs=1, record=False).take_losses()[1].T
 
-    sides, scaled = {"ours": ours, "JAX": loops[min(tried, key=tried.get)]}, {}
-    for name, compiled in (("SGD(fused)", False), ("torch.compile", True)):
-        if rates or (compiled and (bench.smoke or len(seeds) > 1 or batch_size < 64)):  # it pays at large batches
-            continue
-        sides[name] = baselines.torch_epoch(weights, dataset, order[0], batch_size, LR, compiled)
-        if len(seeds) > 1:
-            scaled[name] = (len(seeds), f"1 of {len(seeds)} seeds")
+def cnn(bench: Bench) -> list[Line]:
+    """An epoch of ``plain_cnn`` in memory, one seed and three, and its evaluation, against the same."""
+    net, lines, channels_last = nets.NETS["plain_cnn"], [], {"channels_last": {"channels_last": True}}
+    dataset = bench.images(bench.pick(2_048, 256), 1)
+    for count, batch_size in bench.pick([(1, 32), (1, 128), (1, 1024), (3, 128)], [(1, 64), (3, 64)]):
+        training = ours_training(dataset, net, seeds=range(count), batch_size=batch_size)
+        in_jax = {"JAX": baselines.jax_cnn(training.weights())}
+        lines.append(_against_best(bench, "cnn", training, in_jax, channels_last))
+    dataset, chunk = bench.images(bench.pick(4_000, 200), 1), kernels.CNN.evaluation_chunk
+    training, x = ours_training(dataset, net), dataset.train_inputs
+    ways, module = {"PyTorch": {}, "torch.compile": {"compiled": True}, **channels_last}, training.problem.net.module
+    peers = {name: baselines.torch_logits(module(0), x, chunk, **way) for name, way in ways.items()}
+    peers["JAX"] = baselines.jax_logits(*baselines.jax_cnn(training.weights()), x, chunk)
+
+    @torch.inference_mode()
+    def ours() -> torch.Tensor:
+        return torch.cat([training.stack.eval().outputs(part)[0] for part in x.split(chunk)])
+
+    return [*lines, _best(bench, "cnn", "evaluation", lambda: ours, peers, len(x))]
+
+
+def _against_best(
+    bench: Bench, row: str, training: Training, in_jax: Mapping[str, tuple], more: Mapping[str, dict] | None = None
+) -> Line:
+    """An epoch of a training against the fastest of PyTorch's ways, with ``more``, and JAX's, by each step's loss."""
+    if not shutil.which("g++"):
+        raise Skipped("torch.compile needs a C++ compiler, g++")
+    problem, seeds, batch_size, lr = training.problem, training.seeds, training.batch_size, training.lr
+    order = torch.stack([epoch_order(problem.num_train, seed, 0) for seed in dict.fromkeys(seeds)])
+    peers = {}
+    if len(seeds) <= 5:  # in turn: of many small runs, JAX's side by side are the peer
+        ways = {f"PyTorch, {way}": {way: True} for way in ("foreach", "fused")}
+        ways |= {"torch.compile": {"compiled": True}, **(more or {})}
+        peers = {n: baselines.torch_epoch(problem, seeds, order, batch_size, lr=lr, **way) for n, way in ways.items()}
+    for name, way in in_jax.items():
+        peers[name] = baselines.jax_epoch(*way, problem.dataset, order, batch_size, lr)
+
+    def ours() -> Callable[[], torch.Tensor]:
+        fresh = Training(problem, seeds=seeds, batch_size=batch_size, lr=lr)
+        return lambda: fresh.advance(epochs=1, record=False).take_losses()[1].T
+
+    several = f", {len(seeds)} {'rates' if isinstance(lr, tuple) else 'seeds'}" * (len(seeds) > 1)
+    return _best(bench, row, f"training, batch {batch_size}{several}", ours, peers, problem.num_train * len(seeds))
+
+
+def _best(
+    bench: Bench, row: str, case: str, ours: Side, peers: Mapping[str, tuple[Side, float]], examples: int
+) -> Line:
+    """Ours against the fastest of ``peers``, each with the seconds that compiling took; the note has them all."""
 
     def check(results: Mapping) -> str:
-        first, texts = results["ours"], []
-        for name in list(results)[1:]:
-            theirs = np.atleast_2d(results[name])
-            texts.append(same(f"{name}: losses, mean", first[: len(theirs)].mean(), theirs.mean(), within=0.01))
-        return "; ".join(texts)
+        first, *others = (np.asarray(found).squeeze() for found in results.values())
+        for name, other in zip(peers, others):
+            same(f"results of ours and {name},", first, other, within=1e-3)
+        return "results within 0.001 of ours"
 
-    stack = f"{len(seeds)} rate" if rates else f"{len(seeds)} seed"
-    case, note = f"batch {batch_size}, {stack}{'s' * (len(seeds) > 1)}", f"JAX compiled in {max(compiling):.1f} s"
-    targets = {name: 1.0 for name in sides if name != "ours"}
-    return compare(row, case, sides, targets, bench.pairs, check, note, scaled)
+    sides = {"ours": ours, **{name: side for name, (side, _) in peers.items()}}
+    seconds, checked = interleave(f"{row}, {case}", sides, bench.pairs, check)
+    middle = {name: statistics.median(each) for name, each in seconds.items()}
+    best = min(peers, key=middle.get)
+    note = f"examples a second: {', '.join(f'{name} {examples / s:,.0f}' for name, s in middle.items())}; compiled in "
+    note += ", ".join(f"{s:.1f} s ({name})" for name, (_, s) in peers.items() if s) + f"; {checked}"
+    ratios = [b / a for a, b in zip(seconds["ours"], seconds[best])]
+    return Line(row, case, f"the best peer: {best}", ratios, 1.0, ours=seconds["ours"], theirs=seconds[best], note=note)
 
 
 def blobs_sweep(bench: Bench) -> list[Line]:
@@ -709,7 +730,7 @@ def _one_hidden_layer(width: int) -> Callable:
 
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {
-    "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "product": product,
+    "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "perceptron": perceptron, "cnn": cnn,
     "small-mlp": small_mlp, "blobs-mlp": blobs_mlp, "blobs-sweep": blobs_sweep, "seeds": seeds,
     "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cluster": cluster_scaling,
     "cost-growth": cost_growth,
