@@ -17,6 +17,11 @@ def exhausted(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 
+def _write(stack: Stack, values: list[torch.Tensor]) -> None:
+    for buffer, value in zip(stack.buffers(), values):
+        buffer.copy_(value)
+
+
 class MicroBatches:
     """Gradients of minibatches, in micro-batches of at most ``size`` examples (None: whole minibatches)."""
 
@@ -28,41 +33,40 @@ class MicroBatches:
 
         If the batch does not fit in memory, retry with half the micro-batch size and keep that size.
         """
-        buffers = {name: value.clone() for name, value in stack.buffers().items()}
+        before = [buffer.clone() for buffer in stack.buffers()]
         while True:
             size = min(self.size or indices.shape[1], indices.shape[1])
             try:
                 if size == indices.shape[1] and stack.closed_form:
                     return stack.backpropagate(*stack.batch(indices))
                 stack.clear()
-                return self._accumulate(stack, indices, size, buffers, step)
+                return self._accumulate(stack, indices, size, before, step)
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not exhausted(error):
                     raise
                 reason = str(error).split("\n")[0]
             # Outside of `except`, whose error would keep alive what did fit.
             self.size = size // 2
-            if buffers:
-                stack.load({**stack.state(), **buffers})
+            _write(stack, before)
             self._warn(stack, size, reason, step)
 
-    def _accumulate(self, stack: Stack, indices: torch.Tensor, size: int, before: dict, step: int) -> torch.Tensor:
+    def _accumulate(self, stack: Stack, indices: torch.Tensor, size: int, before: list, step: int) -> torch.Tensor:
         batch = indices.shape[1]
         if size == batch:
             return stack.backward(*stack.batch(indices), step=(step, 0))
         # A kernel's ghost batches stay whole where their size divides the micro-batch's.
         split = parts(batch, size) if stack.kernel is not None and before else size
-        moved = {name: torch.zeros_like(value) for name, value in before.items() if stack.kernel is not None}
+        moved = [torch.zeros_like(value) for value in before if stack.kernel is not None]
         total: torch.Tensor | float = 0.0
         for number, part in enumerate(indices.split(split, dim=1)):
             share = part.shape[1] / batch
             if moved:
-                stack.load({**stack.state(), **before})
+                _write(stack, before)
             total = total + stack.backward(*stack.batch(part), share, step=(step, number)) * share
-            for name, value in stack.buffers().items() if moved else ():
-                moved[name].add_(value, alpha=share)
+            for mean, value in zip(moved, stack.buffers()):
+                mean.add_(value, alpha=share)
         if moved:  # the running statistics move by the mean move
-            stack.load({**stack.state(), **moved})
+            _write(stack, moved)
         return total
 
     def _warn(self, stack: Stack, size: int, reason: str, step: int) -> None:

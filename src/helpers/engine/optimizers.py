@@ -8,6 +8,8 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from helpers.engine.stack import Stack
 
@@ -36,20 +38,24 @@ def make(
     momentum: float,
     betas: tuple[float, float],
     weight_decay: float,
-) -> Descent | Elementwise | PerReplica:
+) -> Descent | Elementwise | ApartSGD | ApartAdam | PerReplica:
     """Build an optimizer for a stack.
 
     optimizer: a name of ``OPTIMIZERS``; a ``torch.optim`` class, called with (parameters, lr=lr); or a factory, called
         with one replica's parameters.
     """
-    if optimizer == "sgd":
-        return Descent(momentum, weight_decay)
     if not isinstance(optimizer, str):
         return PerReplica(stack, optimizer, lr)
     # The fused kernels read and write each weight once a step; at small batches a step is bound by just that.
     fused = stack.problem.dataset.device.type in ("cpu", "cuda") and all(
         p.is_floating_point() for p in stack.parameters.values()
     )
+    if stack.apart:
+        if optimizer == "sgd":
+            return ApartSGD(stack.replicas, fused, momentum, weight_decay)
+        return ApartAdam(stack.replicas, fused, betas, weight_decay, decoupled=optimizer == "adamw")
+    if optimizer == "sgd":
+        return Descent(momentum, weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
     kind = functools.partial(kind, betas=betas, weight_decay=weight_decay, fused=fused)
     return Elementwise(stack, kind)
@@ -171,6 +177,87 @@ class Elementwise:
                 self._optimizer.state[group[name]][key] = own.clone()  # steps counted apart, in memory of their own
 
 
+class _Apart:
+    """torch's own update of the leaves of replicas that have their gradients apart: those of one rate in one call."""
+
+    def __init__(self, replicas: int, fused: bool, weight_decay: float):
+        self._options = {"fused": fused, "weight_decay": weight_decay, "maximize": False}
+        self._state: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(replicas)]  # name → key → tensor
+
+    def _start(self, leaf: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A leaf's state before its first step."""
+        raise NotImplementedError
+
+    def _update(self, leaves: list[torch.Tensor], gradients: list[torch.Tensor], states: list[dict], lr: float) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Update every replica. ``gradients``: to use in place of the leaves' own."""
+        rows = []
+        for replica, states in enumerate(self._state):
+            for name, leaf in stack.leaves(replica).items():
+                gradient = leaf.grad if gradients is None or name not in gradients else gradients[name][replica]
+                if gradient is not None:  # used in this step
+                    if not states.get(name):
+                        states[name] = self._start(leaf)
+                    rows.append((leaf, gradient, states[name]))
+            if rows and (isinstance(lr, tuple) or replica == len(self._state) - 1):
+                self._update(*map(list, zip(*rows)), lr[replica] if isinstance(lr, tuple) else lr)
+                rows = []
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """By name and key, each with its replica axis; zeros where a replica has not used a leaf yet."""
+        each = [{f"{n}/{key}": v for n, own in states.items() for key, v in own.items()} for states in self._state]
+        every = {path: torch.zeros_like(v) for found in each for path, v in found.items()}
+        return {path: torch.stack([found.get(path, zeros) for found in each]) for path, zeros in every.items()}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        for replica, states in enumerate(self._state):
+            states.clear()
+            for path, value in state.items():
+                name, _, key = path.rpartition("/")
+                states.setdefault(name, {})[key] = value[replica]
+
+
+class ApartSGD(_Apart):
+    """SGD, as ``Descent``."""
+
+    def __init__(self, replicas: int, fused: bool, momentum: float, weight_decay: float):
+        super().__init__(replicas, fused, weight_decay)
+        self.momentum = momentum
+
+    def forget(self) -> None:
+        """Forget the velocity that has built up."""
+        for states in self._state:
+            states.clear()
+
+    def _start(self, leaf: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"velocity": torch.zeros_like(leaf)} if self.momentum else {}
+
+    def _update(self, leaves: list[torch.Tensor], gradients: list[torch.Tensor], states: list[dict], lr: float) -> None:
+        velocities = [own.get("velocity") for own in states]
+        options = {"momentum": self.momentum, "dampening": 0.0, "nesterov": False, **self._options}
+        sgd(leaves, gradients, velocities, lr=lr, **options)
+
+
+class ApartAdam(_Apart):
+    """Adam, or with ``decoupled`` weight decay AdamW."""
+
+    def __init__(self, replicas: int, fused: bool, betas: tuple[float, float], weight_decay: float, decoupled: bool):
+        super().__init__(replicas, fused, weight_decay)
+        self._options |= {"beta1": betas[0], "beta2": betas[1], "eps": 1e-8, "amsgrad": False}
+        self._options["decoupled_weight_decay"] = decoupled
+
+    def _start(self, leaf: torch.Tensor) -> dict[str, torch.Tensor]:
+        moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
+        return {**moments, "step": torch.zeros((), device=leaf.device if self._options["fused"] else "cpu")}
+
+    def _update(self, leaves: list[torch.Tensor], gradients: list[torch.Tensor], states: list[dict], lr: float) -> None:
+        first, second, steps = ([own[key] for own in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        adam(leaves, gradients, first, second, [], steps, lr=lr, **self._options)
+
+
 class PerReplica:
     """One torch optimizer a replica: no seed's update depends on another's, and rates may differ."""
 
@@ -191,9 +278,9 @@ class PerReplica:
         self._ratios = [float(group["lr"]) / float(first) for group in self._optimizers[0].param_groups]
 
     def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
-        found = stack.gradients() if gradients is None else gradients
+        found = stack.gradients() if gradients is None and not stack.apart else gradients
         for replica, optimizer in enumerate(self._optimizers):
-            for name, leaf in stack.leaves(replica).items():
+            for name, leaf in stack.leaves(replica).items() if found is not None else ():
                 leaf.grad = found[name][replica] if name in found else None
             for group, ratio in zip(optimizer.param_groups, self._ratios):
                 group["lr"] = (lr[replica] if isinstance(lr, tuple) else lr) * ratio

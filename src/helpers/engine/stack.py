@@ -7,6 +7,7 @@ on the stack or on one replica. Built-in nets have a fast path (``kernels``); ma
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from helpers.problems.problem import call
 _CHUNK = 250  # examples of a forward pass without a graph, on a CPU; a device takes 1,000
 # Below so many parameters a replica, a step's overhead outweighs its arithmetic, and vmap shares it among replicas.
 _VMAP_BELOW = 20_000
+_PROBE = 32  # examples on which vmap is compared with a replica alone
 _SEEDS_BELOW = 20_000  # parameters of a replica
 _SHARING_BELOW = 250_000  # parameters of a replica; more take longer to multiply than their minibatch to copy
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, kernels.BatchNorm, kernels.nets.GhostBatchNorm)
@@ -86,7 +88,7 @@ class Stack:
     replicas: int
     factors: Sequence[kernels.Factors] = ()  # the last gradient, where the kernel gives it in closed form
     by_hand = True  # False: gradients by autograd on ordinary tensors, so that the memory it keeps can be counted
-    _nothing_but_parameters: bool | None = None
+    apart = False  # whether each replica's leaves hold its gradient, and the stack does not
 
     @property
     def closed_form(self) -> bool:
@@ -107,14 +109,13 @@ class Stack:
     def eval(self) -> Stack:
         return self.train(False)
 
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """What of ``state`` is not trained: buffers, and parameters that stay as they are."""
-        if self._nothing_but_parameters is None:
-            ties = {name for name, p in self.roots[0].named_parameters(remove_duplicate=False) if p.requires_grad}
-            self._nothing_but_parameters = set(self.roots[0].state_dict()) <= ties
-        if self._nothing_but_parameters:
-            return {}
-        return {name: value for name, value in self.state().items() if name not in self.parameters}
+    def buffers(self) -> list[torch.Tensor]:
+        """The buffers of every replica: the tensors that a forward pass may change."""
+        return [buffer for root in self.roots for buffer in root.buffers()] if self._has_buffers else []
+
+    @functools.cached_property
+    def _has_buffers(self) -> bool:
+        return any(True for _ in self.roots[0].buffers())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the parameters by name, each with its replica axis."""
@@ -129,10 +130,8 @@ class Stack:
         return self._leaves[replica]
 
     def batch(self, indices: torch.Tensor) -> tuple[Any, Any]:
-        """Inputs and targets of a minibatch ``(replicas, n)``: stacked tensors in memory, else a list a replica."""
-        if self.problem.dataset.in_memory:
-            return self.problem.dataset.batch(indices)
-        return tuple(zip(*(self.problem.dataset.batch(one) for one in indices)))
+        """Inputs and targets of a minibatch ``(replicas, n)``: stacked tensors, or one of each a replica."""
+        return self.problem.dataset.batch(indices)
 
     @property
     def chunk(self) -> int:
@@ -285,11 +284,28 @@ class Modules(Stack):
         self.parameters = {n: torch.stack([own[n].data for own in self._leaves]) for n in self._leaves[0]}
         self.__setstate__({})
         self._vmapped: dict[str, torch.Tensor] | None = None  # the last gradient, where vmap made it
-        size = sum(p[0].numel() for p in self.parameters.values())
-        pays = self.replicas > 1 and problem.dataset.in_memory
-        pays = pays and (size < _VMAP_BELOW or problem.dataset.device.type != "cpu")
-        # Buffers, and parameters that stay as they are, would be the first replica's for all.
-        self._vmap: bool | None = None if pays and not self.buffers() else False
+
+    @functools.cached_property
+    def _vmap(self) -> bool:
+        """Whether vmap takes the gradients of all replicas at once: where that pays, and they are the same."""
+        dataset, size = self.problem.dataset, sum(p[0].numel() for p in self.parameters.values())
+        if self.replicas == 1 or not dataset.in_memory or (size >= _VMAP_BELOW and dataset.device.type == "cpu"):
+            return False
+        first = self.modules[0]
+        trained = {name for name, p in first.named_parameters(remove_duplicate=False) if p.requires_grad}
+        if not set(first.state_dict()) <= trained:  # what is not trained would be the first replica's for all
+            return False
+        few = torch.arange(min(_PROBE, dataset.num_train), device=dataset.device)
+        return self._vmap_agrees(*dataset.batch(few.expand(self.replicas, -1)))
+
+    @property
+    def apart(self) -> bool:
+        return not self._vmap
+
+    def batch(self, indices: torch.Tensor) -> tuple[Any, Any]:
+        if self._vmap:
+            return self.problem.dataset.batch(indices)
+        return tuple(zip(*(self.problem.dataset.batch(one) for one in indices)))
 
     @property
     def roots(self) -> list[nn.Module]:
@@ -336,26 +352,22 @@ class Modules(Stack):
             leaf.grad = None
 
     def backward(self, inputs: Any, targets: Any, share: float = 1.0, step: tuple[int, int] = (0, 0)) -> torch.Tensor:
-        if self._vmap is None:
-            self._vmap = self._vmap_agrees(inputs, targets)
         if self._vmap:
-            gradients, losses = self._vmapped_gradient(inputs, targets)
+            gradients, losses = self._vmapped_gradient(inputs, targets, share)
             before = self._vmapped or {}
-            self._vmapped = {
-                name: g * share + before[name] if name in before else g * share for name, g in gradients.items()
-            }
+            self._vmapped = {name: g + before[name] if name in before else g for name, g in gradients.items()}
             return losses
         losses = []
         for replica, (x, y) in enumerate(zip(inputs, targets)):
             with _seeded(self.seeds[replica], *step, self.problem.dataset.device):
-                loss = self._example_losses(replica, x, y).mean()
+                loss = self.problem.mean_loss(self._outputs(replica, x), y)
                 (loss if share == 1 else loss * share).backward()
             losses.append(loss.detach())
         return torch.stack(losses)
 
-    def _example_losses(self, replica: int, inputs: Any, targets: Any) -> torch.Tensor:
+    def _outputs(self, replica: int, inputs: Any) -> Any:
         try:
-            return self.problem.example_losses(call(self.modules[replica], inputs), targets)
+            return call(self.modules[replica], inputs)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -365,30 +377,52 @@ class Modules(Stack):
                 f"no last minibatch of one of the {self.problem.num_train} training examples"
             ) from error
 
-    def _vmapped_gradient(self, inputs: Any, targets: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        base = self.modules[0]
+    def _vmapped_gradient(
+        self, inputs: Any, targets: Any, share: float = 1.0
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """``share`` times the gradient of each replica's mean loss, and these losses.
 
-        def mean_loss(parameters: Mapping[str, torch.Tensor], x: Any, y: Any) -> torch.Tensor:
-            return self.problem.example_losses(torch.func.functional_call(base, parameters, (x,)), y).mean()
+        vmap runs the forward pass alone: autograd, outside of it, records what it does for all replicas at once, in
+        half the time of a ``vmap(grad)``.
+        """
+        base, own = self.modules[0], {id(p): name for name, p in self._leaves[0].items()}
+        held = [(m._parameters, key, p) for m in base.modules() for key, p in m._parameters.items()]
+        places = [(holder, key, own[id(p)]) for holder, key, p in held if p is not None]
 
-        each = torch.func.vmap(torch.func.grad_and_value(mean_loss), randomness="error")
-        return each(self.parameters, inputs, targets)
+        def losses_of(parameters: Mapping[str, torch.Tensor], x: Any, y: Any) -> torch.Tensor:
+            try:
+                for holder, key, name in places:
+                    holder[key] = parameters[name]
+                return self.problem.example_losses(base(x), y)
+            finally:
+                for holder, key, name in places:
+                    holder[key] = self._leaves[0][name]
+
+        stacked = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
+        losses = torch.func.vmap(losses_of, randomness="error")(stacked, inputs, targets)
+        each = torch.full((), share / losses.shape[1], dtype=losses.dtype, device=losses.device).expand_as(losses)
+        found = torch.autograd.grad(losses, list(stacked.values()), each)
+        return {n: g.contiguous() for n, g in zip(stacked, found)}, losses.detach().mean(1)
 
     def _vmap_agrees(self, inputs: Any, targets: Any) -> bool:
         """Whether vmap can differentiate this net, and gives the last replica the gradient that it has alone."""
+        training = self.modules[0].training
+        self.train()
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("error")  # of an operation that vmap would take example by example
                 gradients, _ = self._vmapped_gradient(inputs, targets)
-            loss = self._example_losses(self.replicas - 1, inputs[-1], targets[-1]).mean()
+            loss = self.problem.mean_loss(self._outputs(self.replicas - 1, inputs[-1]), targets[-1])
             alone = torch.autograd.grad(loss, list(self._leaves[-1].values()))
         except Exception:  # whatever vmap cannot do: data-dependent control flow, random numbers, missing rules
             return False
+        finally:
+            self.train(training)
         return all(torch.allclose(gradients[n][-1], g, rtol=1e-4, atol=1e-6) for n, g in zip(self.parameters, alone))
 
     def losses(self, inputs: Any, targets: Any, *, shared: bool = True) -> torch.Tensor:
         pairs = [(inputs, targets)] * self.replicas if shared else zip(inputs, targets)
-        return torch.stack([self._example_losses(replica, x, y) for replica, (x, y) in enumerate(pairs)])
+        return torch.stack([self.problem.example_losses(self._outputs(i, x), y) for i, (x, y) in enumerate(pairs)])
 
     def outputs(self, inputs: Any) -> Any:
         each = [call(module, inputs) for module in self.modules]

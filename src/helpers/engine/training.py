@@ -155,7 +155,7 @@ class Training:
     def momentum(self, value: float) -> None:
         check_optimizer(self.optimizer, value)
         self._momentum = float(value)
-        if isinstance(self._optimizer, optimizers.Descent):
+        if isinstance(self._optimizer, optimizers.Descent | optimizers.ApartSGD):
             self._optimizer.momentum = self._momentum
             if not value:
                 self._optimizer.forget()
@@ -195,7 +195,7 @@ class Training:
 
     @property
     def _looped(self) -> bool:
-        whole = self._micro.closed_form and (self._micro.size or self._batch_size) >= self._batch_size
+        whole = (self._micro.size or self._batch_size) >= self._batch_size
         of_ours = isinstance(self._optimizer, optimizers.Descent | optimizers.Elementwise)
         return self.stack.looped(self._batch_size) and whole and of_ours and self.clip_norm is None
 

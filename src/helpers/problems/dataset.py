@@ -165,6 +165,8 @@ class Tensors(Dataset):
     def batch(self, indices: torch.Tensor, split: str = "train") -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets; here ``indices`` may have several axes, such as one of replicas."""
         inputs, targets = self.tensors(split)
+        if indices.dim() == 1:
+            return inputs.index_select(0, indices), targets.index_select(0, indices)
         flat = indices.reshape(-1)
         return tuple(t.index_select(0, flat).unflatten(0, indices.shape) for t in (inputs, targets))
 

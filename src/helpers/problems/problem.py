@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -91,6 +92,25 @@ class Problem:
                 "loss an example: take reduction='none', or return a tensor whose first axis counts examples"
             )
         return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
+
+    def mean_loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """The mean of ``example_losses``; by the loss itself, as a plain loop takes it, where that is the same."""
+        if self._averages_labels and isinstance(outputs, torch.Tensor) and outputs.shape[:-1] == targets.shape:
+            with contextlib.suppress(IndexError):  # a label out of range, which ``example_losses`` explains
+                if targets.dim() == 1:
+                    return self.loss(outputs, targets)
+                return self.loss(outputs.flatten(0, -2), targets.flatten())
+        return self.example_losses(outputs, targets).mean()
+
+    @functools.cached_property
+    def _averages_labels(self) -> bool:
+        """Whether the loss is torch's cross-entropy with each label counting the same: none is weighted or ignored."""
+        if self.loss is not F.cross_entropy:
+            own = isinstance(self.loss, nn.CrossEntropyLoss) and self._own_mean
+            if not own or self.loss.weight is not None or self.loss.ignore_index >= 0:
+                return False
+        labels = self.dataset.train_targets if isinstance(self.dataset, Tensors) else None
+        return labels is not None and not labels.is_floating_point() and int(labels.min()) >= 0
 
     def example_scores(self, outputs: Any, targets: Any) -> torch.Tensor | None:
         """The share of each example's targets that the largest output names ``(n,)``; None without classes."""
