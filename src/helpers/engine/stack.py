@@ -389,20 +389,25 @@ class Modules(Stack):
         held = [(m._parameters, key, p) for m in base.modules() for key, p in m._parameters.items()]
         places = [(holder, key, own[id(p)]) for holder, key, p in held if p is not None]
 
-        def losses_of(parameters: Mapping[str, torch.Tensor], x: Any, y: Any) -> torch.Tensor:
+        after = self.problem.averages_labels  # a loss of each label by itself takes all replicas' as one minibatch
+
+        def run(x: Any, y: Any, *parameters: torch.Tensor) -> torch.Tensor:
+            named = dict(zip(self.parameters, parameters))
             try:
                 for holder, key, name in places:
-                    holder[key] = parameters[name]
-                return self.problem.example_losses(base(x), y)
+                    holder[key] = named[name]
+                return base(x) if after else self.problem.example_losses(base(x), y)
             finally:
                 for holder, key, name in places:
                     holder[key] = self._leaves[0][name]
 
-        stacked = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
-        losses = torch.func.vmap(losses_of, randomness="error")(stacked, inputs, targets)
+        stacked = [p.detach().requires_grad_() for p in self.parameters.values()]
+        losses = torch.func.vmap(run, randomness="error")(inputs, targets, *stacked)
+        if after:
+            losses = self.problem.example_losses(losses.flatten(0, 1), targets.flatten(0, 1)).view(targets.shape[:2])
         each = torch.full((), share / losses.shape[1], dtype=losses.dtype, device=losses.device).expand_as(losses)
-        found = torch.autograd.grad(losses, list(stacked.values()), each)
-        return {n: g.contiguous() for n, g in zip(stacked, found)}, losses.detach().mean(1)
+        found = torch.autograd.grad(losses, stacked, each)
+        return {n: g.contiguous() for n, g in zip(self.parameters, found)}, losses.detach().mean(1)
 
     def _vmap_agrees(self, inputs: Any, targets: Any) -> bool:
         """Whether vmap can differentiate this net, and gives the last replica the gradient that it has alone."""

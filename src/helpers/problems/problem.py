@@ -95,7 +95,7 @@ class Problem:
 
     def mean_loss(self, outputs: Any, targets: Any) -> torch.Tensor:
         """The mean of ``example_losses``; by the loss itself, as a plain loop takes it, where that is the same."""
-        if self._averages_labels and isinstance(outputs, torch.Tensor) and outputs.shape[:-1] == targets.shape:
+        if self.averages_labels and isinstance(outputs, torch.Tensor) and outputs.shape[:-1] == targets.shape:
             with contextlib.suppress(IndexError):  # a label out of range, which ``example_losses`` explains
                 if targets.dim() == 1:
                     return self.loss(outputs, targets)
@@ -103,7 +103,7 @@ class Problem:
         return self.example_losses(outputs, targets).mean()
 
     @functools.cached_property
-    def _averages_labels(self) -> bool:
+    def averages_labels(self) -> bool:
         """Whether the loss is torch's cross-entropy with each label counting the same: none is weighted or ignored."""
         if self.loss is not F.cross_entropy:
             own = isinstance(self.loss, nn.CrossEntropyLoss) and self._own_mean
