@@ -116,6 +116,37 @@ def shuffled(x: torch.Tensor, y: torch.Tensor, batch_size: int) -> Iterator[tupl
         yield x[indices], y[indices]
 
 
+class CausalTransformer(nn.Module):
+    """Two causal layers of width 64: https://docs.pytorch.org/docs/stable/generated/torch.nn.TransformerEncoder.html."""
+
+    def __init__(self, vocabulary: int = 65, context: int = 64, width: int = 64):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers, self.head = (
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+            nn.Linear(width, vocabulary),
+        )
+        mask = nn.Transformer.generate_square_subsequent_mask(context)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = self.places(torch.arange(x.shape[1], device=x.device))
+        return self.head(self.layers(self.tokens(x) + places, mask=self.mask, is_causal=True))
+
+
+def own_loop(net: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int) -> dict[str, torch.Tensor]:
+    """A pass over examples in memory by AdamW, fused: https://docs.pytorch.org/docs/stable/optim.html."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    net.train()
+    for inputs, targets in zip(x.split(batch_size), y.split(batch_size)):
+        loss = F.cross_entropy(net(inputs).flatten(0, -2), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return dict(net.named_parameters())
+
+
 def blobs_loop(
     dataset: Tensors, batch_size: int, epochs: int, lr: float, momentum: float, loader: bool, threads: int
 ) -> list[list[float]]:

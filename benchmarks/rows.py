@@ -473,6 +473,63 @@ def walk(bench: Bench) -> list[Line]:
         return _with_limit("walk", case, sides, 4, limit, bench, check, note, {"direct port": part, "limit": part})
 
 
+def own_module(bench: Bench) -> list[Line]:
+    """A pass over the training set by a module of a user's own, against the plain loop of the same module."""
+    from torchvision.models import resnet18
+
+    generator, n = torch.Generator().manual_seed(0), bench.pick(1_024, 8)
+
+    def random(*shape: int) -> Tensors:
+        x, y = torch.randn(n, *shape, generator=generator), torch.randint(10, (n,), generator=generator)
+        return Tensors("random", x, y, x, y)
+
+    tokens = torch.randint(65, (n, 65), generator=generator)
+    text = Tensors("tokens", *(tokens[:, :-1], tokens[:, 1:]) * 2)
+    small = functools.partial(_sequential, 2, 50, 3)
+    cases = [  # the module, the data, and its batch sizes with the examples of a pass
+        ("784-128-10", functools.partial(_sequential, 784, 128, 10), random(784), {1: 128, 16: 1_024, 256: 1_024}),
+        (
+            "2-50-3",
+            small,
+            Tensors("points", *((t := random(2)).train_inputs, t.train_targets % 3) * 2),
+            {1: 128, 16: 1_024},
+        ),
+        ("transformer", baselines.CausalTransformer, text, {1: 32, 16: 128}),
+        ("ResNet-18", functools.partial(resnet18, num_classes=10), random(3, 32, 32), {32: 64}),
+    ]
+    lines = []
+    for name, factory, dataset, sizes in cases[: bench.pick(4, 3)]:
+        for (batch_size, examples), count in itertools.product(sizes.items(), (1, 5)):
+            target = 2.0 if count > 1 and name == "2-50-3" else 0.95
+            few = Problem(first_of(dataset, min(examples, n), 1), Net(factory, key=name))
+            case = f"{name}, batch {batch_size}, {count} seed{'s' * (count > 1)}"
+            lines += _own_module(bench, case, few, min(batch_size, few.num_train), range(count), target)
+    return lines
+
+
+def _sequential(inputs: int, hidden: int, classes: int) -> torch.nn.Sequential:
+    return torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, classes))
+
+
+def _own_module(bench: Bench, case: str, problem: Problem, batch_size: int, seeds: range, target: float) -> list[Line]:
+    def ours() -> Callable[[], Mapping]:
+        training = Training(problem, seeds=seeds, batch_size=batch_size, lr=1e-3, optimizer="adamw")
+        return lambda: training.advance(epochs=1, record=False).stack.parameters
+
+    def loops() -> Callable[[], list]:
+        nets, dataset = [problem.net.module(seed).to(problem.dataset.device) for seed in seeds], problem.dataset
+        orders = [epoch_order(problem.num_train, seed, 0).to(dataset.device) for seed in seeds]
+        return lambda: [baselines.own_loop(net, *dataset.batch(o), batch_size) for net, o in zip(nets, orders)]
+
+    def check(results: Mapping) -> str:
+        apart = [(results["ours"][n][i] - p).abs().max().item() for i, own in enumerate(results["loops"])
+                 for n, p in own.items()]  # fmt: skip
+        return same("weights' distance", max(apart), 0.0, within=1e-3)
+
+    sides = {"ours": ours, "loops": loops}
+    return compare("own-module", case, sides, {"loops": target}, bench.pairs, check, "AdamW, fused, both")
+
+
 def per_example(bench: Bench) -> list[Line]:
     """Per-example squared gradient norms and tr Σ, against BackPACK and ``vmap(grad)``; and the memory it takes."""
     examples, part, chunk = bench.pick((10_000, 100, 1_000), (400, 40, 200))
@@ -731,7 +788,7 @@ def _one_hidden_layer(width: int) -> Callable:
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "perceptron": perceptron, "cnn": cnn,
-    "small-mlp": small_mlp, "blobs-mlp": blobs_mlp, "blobs-sweep": blobs_sweep, "seeds": seeds,
+    "small-mlp": small_mlp, "blobs-mlp": blobs_mlp, "own-module": own_module, "blobs-sweep": blobs_sweep, "seeds": seeds,
     "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cluster": cluster_scaling,
     "cost-growth": cost_growth,
 }  # fmt: skip

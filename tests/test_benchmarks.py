@@ -33,7 +33,7 @@ def line(values, **options):
 # Rows
 
 
-@pytest.mark.parametrize("name", ["walk", "per-example"])
+@pytest.mark.parametrize("name", ["walk", "per-example", "own-module"])
 def test_row(name):
     if name == "per-example":
         pytest.importorskip("backpack")
