@@ -201,6 +201,34 @@ def test_any_module_trains_the_same_to_the_bit_twice_and_whatever_stands_beside_
     )
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_a_weight_that_a_step_does_not_use_stays_as_in_a_plain_loop(optimizer):
+    problem = Problem(vectors(), Net(Branching))
+    settings = {"momentum": 0.9} if optimizer == "momentum" else {"optimizer": "adamw", "weight_decay": 0.1}
+    kind = torch.optim.SGD if optimizer == "momentum" else torch.optim.AdamW
+    training = Training(problem, seeds=SEEDS, batch_size=4, lr=0.05, **settings).advance(steps=12, record=False)
+    for replica, seed in enumerate(SEEDS):
+        own = {k: v for k, v in settings.items() if k != "optimizer"}
+        alone = loop(problem, seed, steps=12, batch_size=4, optimizer=functools.partial(kind, lr=0.05, **own))
+        assert_equal(training, replica, alone, 2e-6)
+    resumed = Training(problem, seeds=SEEDS, batch_size=4, lr=0.05, **settings)
+    training.record()
+    resumed.resume(training.state(), training.history)
+    for one in (training, resumed):
+        one.advance(steps=4, record=False)
+    assert all(torch.equal(v, resumed.weights()[n]) for n, v in training.weights().items())
+
+
+def test_momentum_may_come_and_go_in_a_module_of_ones_own():
+    training = Training(Problem(vectors(), Net(Recurrent)), seeds=SEEDS, batch_size=16, lr=0.01)
+    training.advance(steps=2, record=False).momentum = 0.9
+    assert set(training._optimizer.state()) == set()
+    training.advance(steps=1, record=False)
+    assert training._optimizer.state()["head.bias/velocity"].shape == (3, 3)
+    training.momentum = 0.0
+    assert set(training._optimizer.state()) == set()
+
+
 def test_training_leaves_the_generator_of_random_numbers_alone():
     before = torch.get_rng_state()
     Training(Problem(vectors(), Net(Dropout)), seeds=SEEDS, batch_size=16).advance(epochs=1)
@@ -309,6 +337,19 @@ def test_regression_and_multi_label_train_and_have_no_accuracy():
         module.load_state_dict({n: v[2] for n, v in training.weights().items()})
         assert row.train_loss == pytest.approx(loss(module(x), y).item(), rel=1e-6)
         assert np.isnan(row.train_accuracy) and np.isnan(row.test_loss)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_the_mean_loss_is_that_over_examples_also_where_torch_would_leave_labels_out(loss):
+    x = torch.randn(40, 6, 4, generator=torch.Generator().manual_seed(0))
+    for ignored in (False, True):
+        y = torch.arange(240).view(40, 6) % 3
+        y[39, :4] = -100 if ignored else 0  # an example beyond those that a new problem is tried on
+        problem = Problem(Dataset.of(x, y, device="cpu"), Net(lambda: nn.Linear(4, 3)), loss)
+        assert problem.averages_labels is not ignored
+        outputs = problem.net.module(0)(x)
+        expected = problem.example_losses(outputs.double(), y).mean().item()
+        assert problem.mean_loss(outputs, y).item() == pytest.approx(expected, rel=1e-6)
 
 
 WEIGHTS = torch.tensor([1.0, 5.0, 2.0])
