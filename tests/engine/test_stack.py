@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import Dataset, Net, Problem, Solution, Training, problems, schedule
-from helpers.engine import stack
+from helpers.engine import kernels, stack
 from helpers.measure import geometry
 from helpers.problems import nets
 
@@ -260,6 +260,21 @@ def test_rates_side_by_side_equal_each_alone_to_the_bit(options, batch_size):
         mine = stacked.history[replica * records :][:records].reset_index(drop=True)
         assert mine.drop(columns=["seconds", "replicas"]).equals(single.history.drop(columns=["seconds", "replicas"]))
         assert stacked.state().keys() == single.state().keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"optimizer": "adam"}], ids=["sgd", "momentum", "adam"])
+def test_a_run_whose_batch_grows_out_of_the_compiled_loop_goes_on(monkeypatch, options):
+    def train(lr):
+        grows = schedule({0: 10, 1: 50, 2: 10})
+        return Training(SHARING, seeds=[2] * len(lr), lr=lr, batch_size=grows, **options).advance(epochs=3)
+
+    looped = train([0.01, 0.02])
+    monkeypatch.setattr(kernels, "LOOPED_ACTIVATIONS", 20 * (64 + 300 + 10))
+    assert looped.stack.looped(10) and not looped.stack.looped(50)
+    grown = train([0.01, 0.02])
+    for name, value in grown.weights().items():
+        torch.testing.assert_close(value, looped.weights()[name], rtol=1e-3, atol=1e-5)
+        assert torch.equal(value[1:], train([0.02]).weights()[name]), name
 
 
 def test_replicas_of_one_seed_share_the_copy_of_a_minibatch():
