@@ -221,10 +221,11 @@ def test_each_setting_is_part_of_the_key():
     assert frame["run"].nunique() == len(changes) == len(stored())
 
 
-def test_more_seeds_of_a_large_network_compute_only_the_new_ones(trained):
-    two = sweep.run([SHEN], 2)
+@pytest.mark.parametrize("setting", [SHEN, BLOBS], ids=["one by one", "side by side"])
+def test_more_seeds_compute_only_the_new_ones(trained, setting):
+    two = sweep.run([setting], 2)
     trained.clear()
-    four = sweep.run([SHEN], 4)
+    four = sweep.run([setting], 4)
     assert seeds_of(trained) == [2, 3]
     assert_same(two, four.query("seed < 2"))
 

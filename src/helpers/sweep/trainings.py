@@ -58,7 +58,7 @@ def run(
 ) -> pd.DataFrame:
     """Train every setting with every seed; returns the history of all, with a column per setting.
 
-    Runs that differ in rate alone may be trained side by side: the same to the bit, ``seconds`` in equal shares.
+    Runs that differ in seed or in rate alone may be trained side by side; ``seconds`` are then equal shares.
 
     settings: dicts over ``settings.DEFAULTS`` (``grid`` makes them), by names or with a ``problem``; as a mapping, its
         keys become a column ``label``. A run is ``epochs`` long, recorded every
@@ -248,13 +248,12 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
         s["problem"], seeds=seeds, measures=geometry.distances, **{k: s[k] for k in of_runs.OF_TRAINING}
     )
     arrays: list[dict[str, np.ndarray]] = [{} for _ in seeds]
-    shares = len(seeds) if isinstance(s["lr"], tuple) else 1  # a stack of rates is recorded as runs that are alone
     start = 0
     if trunk is not None:
         start, prefix = branch_at, f"{branch_at}/"
         names = [name for name in trunk[0][1] if name.startswith(prefix)]
         state = {n.removeprefix(prefix): torch.from_numpy(np.concatenate([a[n] for _, a in trunk])) for n in names}
-        training.resume(state, pd.concat([frame.assign(seconds=frame.seconds * shares) for frame, _ in trunk]))
+        training.resume(state, pd.concat([frame.assign(seconds=frame.seconds * len(seeds)) for frame, _ in trunk]))
         for mine, (_, kept) in zip(arrays, trunk):
             mine |= {name: value for name, value in kept.items() if int(name.split("/")[0]) in snapshots}
     splits = (s["target"][0].removesuffix("_accuracy"),) if s["target"] else ("train", "test")
@@ -271,7 +270,7 @@ def _train(s: dict, seeds: Sequence[int], snapshots: Sequence[int], branch_at: i
             for name, value in training.state().items():
                 for replica, mine in enumerate(arrays):
                     mine[f"{epoch}/{name}"] = value[replica : replica + 1].numpy()
-    history = training.history.assign(seconds=lambda h: h.seconds / shares, replicas=len(seeds) // shares)
+    history = training.history.assign(seconds=lambda h: h.seconds / len(seeds), replicas=1)  # as if each were alone
     records = len(history) // len(seeds)
     histories = [history[i : i + records] for i in range(0, len(history), records)]
     if s["steps"]:  # a run's history ends where it would have alone, whatever the others of its stack do
