@@ -197,7 +197,7 @@ def test_a_minibatch_that_does_not_fit_is_started_over_with_its_buffers_as_they_
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
 def test_autograds_way_is_the_closed_forms(monkeypatch, options, clip_norm):
-    monkeypatch.setattr(kernels, "LOOPED_BELOW_A_STEP", 0)
+    monkeypatch.setattr(kernels, "LOOPED_ACTIVATIONS", 0)
     by_hand, by_autograd = (
         train(PROBLEMS["kernel"], clip_norm=clip_norm, closed_form=closed, **options).advance(epochs=2)
         for closed in (True, False)
@@ -250,7 +250,9 @@ RATES = (0.002, schedule({0: 0.001, 2: 0.01}, linear=True), 0.05, 30.0)
     [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"optimizer": "adam"}, {"optimizer": "adamw", "weight_decay": 0.1}],
     ids=["sgd", "momentum", "decay", "adam", "adamw"],
 )
-def test_rates_side_by_side_equal_each_alone_to_the_bit(options, batch_size):
+@pytest.mark.parametrize("activations", [0, kernels.LOOPED_ACTIVATIONS], ids=["products", "loop"])
+def test_rates_side_by_side_equal_each_alone_to_the_bit(monkeypatch, activations, options, batch_size):
+    monkeypatch.setattr(kernels, "LOOPED_ACTIVATIONS", activations)
     options = {"batch_size": batch_size, "measures": geometry.distances, **options}
     stacked = Training(SHARING, seeds=[2] * 4, lr=RATES, **options).advance(epochs=3, record_steps=[7])
     records = len(stacked.history) // 4
@@ -286,8 +288,11 @@ def test_replicas_of_one_seed_share_the_copy_of_a_minibatch():
     assert shared.stride(0) == 0 and torch.equal(shared[1], apart[0]) and not torch.equal(apart[0], apart[1])
 
 
+@pytest.mark.parametrize("activations", [0, kernels.LOOPED_ACTIVATIONS], ids=["products", "loop"])
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adam"}], ids=["momentum", "adam"])
-def test_a_resumed_stack_of_rates_continues_to_the_bit(options):
+def test_a_resumed_stack_of_rates_continues_to_the_bit(monkeypatch, activations, options):
+    monkeypatch.setattr(kernels, "LOOPED_ACTIVATIONS", activations)
+
     def new():
         return Training(SHARING, seeds=[2] * 4, lr=RATES, batch_size=30, **options)
 
