@@ -35,7 +35,7 @@ benchmark: .venv/.benchmark
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 .venv/.benchmark: .venv/.ready
-	@echo "Adding to .venv what the benchmarks compare with: once, about 1.5 GB"
+	@echo "Adding to .venv what the benchmarks compare with: once, about 1.9 GB"
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[benchmark]'
 	@touch $@
 
