@@ -6,7 +6,7 @@ updates follow from these factors, and the gradient itself is never written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -147,6 +147,51 @@ def examples(
         of_a, of_delta = (torch.linalg.vector_norm(t, dim=-1).cpu().double() for t in (factors.given, factors.delta))
         norms[factors.replica] += (of_a.square() + 1) * (of_delta * n).square()  # of each example's loss, not the mean
     return norms, mean, losses.cpu().double()
+
+
+@torch.no_grad()
+def curvature(
+    stack: Stack, inputs: torch.Tensor, targets: torch.Tensor
+) -> Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The product of the mean loss's Hessian with a direction, as a function of the direction by name.
+
+    By Pearlmutter's R-operator, for one replica of a perceptron: the derivative, along the direction, of the passes
+    forward and back. The passes themselves are made once.
+    """
+    _, found = stack.kernel.backpropagate(inputs[None], targets[None], stack.problem.loss)
+    layers = [(f.layer, f.delta.flatten(0, -2), f.given.flatten(0, -2)) for f in reversed(found)]
+    weights = [stack.parameters[f"{name}.weight"][0].detach() for name, *_ in layers]
+    label, examples = targets.unsqueeze(1), len(targets)
+    softmax = None
+    if stack.problem.loss is F.cross_entropy:
+        softmax = (layers[-1][1] * examples).scatter_add_(1, label, torch.ones_like(label, dtype=inputs.dtype))
+
+    @torch.no_grad()
+    def product(direction: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        along = [(direction[f"{name}.weight"][0], direction[f"{name}.bias"][0]) for name, *_ in layers]
+        moved, by_name, moving = [], {}, None  # derivatives of each layer's inputs (but the fixed first), and outputs
+        for (_, _, a), weight, by in zip(layers, weights, along):
+            out = engine.product(a, *by)
+            if moving is not None:
+                moved.append(torch.ops.aten.threshold_backward(moving, a, 0))
+                out += engine.product(moved[-1], weight)
+            moving = out
+        if softmax is not None:
+            moving = moving - moving.gather(1, label)  # no rounding of a difference where an example is fitted
+            moving = softmax * (moving - (softmax * moving).sum(1, keepdim=True))
+        moving = moving / examples
+        for i in reversed(range(len(layers))):
+            name, delta, a = layers[i]
+            of_weight = engine.product(moving.t(), a.t())
+            by_name[f"{name}.bias"] = moving.sum(0)
+            if i:
+                of_weight += engine.product(delta.t(), moved[i - 1].t())
+                moving = engine.product(moving, weights[i].t()) + engine.product(delta, along[i][0].t())
+                moving = torch.ops.aten.threshold_backward(moving, a, 0)
+            by_name[f"{name}.weight"] = of_weight
+        return {name: by_name[name] for name in stack.parameters}
+
+    return product
 
 
 def has_gram(stack: Stack) -> bool:

@@ -5,6 +5,7 @@ Everything is of a named set of examples; sharpness of another set is another nu
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from scipy.sparse import linalg as sparse_linalg
 
 from helpers.engine import stack
 from helpers.engine.order import epoch_order
+from helpers.measure import kernels
 from helpers.measure.gradients import cast, deterministic
 from helpers.problems import Solution, nets
 
@@ -47,6 +49,8 @@ class Landscape:
         chunk = self.stack.chunk if self.stack.kernel is None else _CHUNK
         self.batches = [cast(dataset.batch(part, split), dtype) for part in chosen.split(chunk)]
         self.origin = _vector(self.stack.parameters.values())
+        # Where one batch holds all examples, every product shares one forward and backward pass.
+        self._curvature = functools.lru_cache(maxsize=1)(lambda i: kernels.curvature(self.stack, *self.batches[i]))
 
     def _move(self, vector: np.ndarray) -> None:
         with torch.no_grad():
@@ -84,9 +88,14 @@ class Landscape:
         return loss, total
 
     def hessian_vector(self, v: np.ndarray) -> np.ndarray:
-        """The Hessian at ``origin`` times ``v``, by differentiating twice (Pearlmutter 1994): ``(parameters,)``."""
+        """The Hessian at ``origin`` times ``v`` (Pearlmutter 1994): ``(parameters,)``."""
         self._move(self.origin)
         direction, total = self._parts(v), np.zeros_like(self.origin)
+        if self.stack.closed_form:
+            named = dict(zip(self.stack.parameters, direction))
+            for i, (_, targets) in enumerate(self.batches):
+                total += _vector(self._curvature(i)(named).values()) * (len(targets) / self.num_examples)
+            return total
         if self.stack.kernel is None:
             direction = [d.squeeze(0) for d in direction]  # a module's parameters have no replica axis
         with deterministic(self.stack):
@@ -118,10 +127,13 @@ def eigenvalues(landscape: Landscape, count: int = 1, *, tolerance: float = 1e-3
 
     operator = sparse_linalg.LinearOperator((size, size), matvec=multiply, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(size)  # fixed: ARPACK's own start would differ from run to run
+    kept = min(size, 2 * count + 10)  # Lanczos vectors: λ_max converges within a dozen, and scipy takes 20 at least
     values, vectors = np.empty(0), np.empty((size, 0))
     try:
         if math.isfinite(landscape.loss(landscape.origin)[0]):
-            values, vectors = sparse_linalg.eigsh(operator, count, which="LA", v0=start, tol=tolerance, maxiter=limit)
+            values, vectors = sparse_linalg.eigsh(
+                operator, count, which="LA", v0=start, tol=tolerance, maxiter=limit, ncv=kept
+            )
     except sparse_linalg.ArpackNoConvergence as partly:
         values, vectors = partly.eigenvalues, partly.eigenvectors
     except sparse_linalg.ArpackError:

@@ -37,7 +37,7 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "walk": Protocol(gradients.walk, trials=True), "frozen": Protocol(gradients.frozen, trials=True),
-    "spectrum": Protocol(landscape.spectrum, loss_in_key=True, any_batch=True),
+    "spectrum": Protocol(landscape.spectrum, version=2, loss_in_key=True, any_batch=True),
     "boxes": Protocol(landscape.boxes, loss_in_key=True, any_batch=True),
     "staleness": Protocol(gradients.staleness), "noise": Protocol(noise.scale),
     "minibatches": Protocol(noise.minibatches), "micro_batches": Protocol(noise.micro_batches, any_batch=True),
