@@ -788,7 +788,7 @@ def _one_hidden_layer(width: int) -> Callable:
 
 ROWS: dict[str, Callable[[Bench], list[Line]]] = {
     "mnist-epoch": mnist_epoch, "mnist-roofline": mnist_roofline, "perceptron": perceptron, "cnn": cnn,
-    "small-mlp": small_mlp, "blobs-mlp": blobs_mlp, "own-module": own_module, "blobs-sweep": blobs_sweep, "seeds": seeds,
-    "walk": walk, "per-example": per_example, "frozen": frozen, "start": start, "cluster": cluster_scaling,
-    "cost-growth": cost_growth,
+    "small-mlp": small_mlp, "blobs-mlp": blobs_mlp, "own-module": own_module, "blobs-sweep": blobs_sweep,
+    "seeds": seeds, "walk": walk, "per-example": per_example, "frozen": frozen, "start": start,
+    "cluster": cluster_scaling, "cost-growth": cost_growth,
 }  # fmt: skip
