@@ -27,7 +27,7 @@ def saved_by_a_forward_pass(name, batch, replicas=1, **options):
     net = stack.build(digits(name, **options), range(replicas))
     x, y = torch.rand(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.int64)
     x, y = x.repeat(replicas, 1, 1, 1, 1), y.repeat(replicas, 1)
-    with memory.Saved(without=[*net.parameters.values(), *net.buffers().values(), x, y]) as saved:
+    with memory.Saved(without=[*net.parameters.values(), *net.buffers(), x, y]) as saved:
         loss = F.cross_entropy(net.kernel(x).flatten(0, 1), y.flatten())
     assert loss.requires_grad
     return saved.now

@@ -173,7 +173,7 @@ class Elementwise:
         for path, value in state.items():
             name, _, key = path.rpartition("/")
             for replica, group in enumerate(self._groups()):
-                own = value[replica] if self._apart or value.ndim == 1 else value
+                own = value[replica] if self._apart or key == "step" else value
                 self._optimizer.state[group[name]][key] = own.clone()  # steps counted apart, in memory of their own
 
 
