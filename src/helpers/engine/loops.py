@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from helpers.engine import compiled
-from helpers.engine.optimizers import Descent, Elementwise
+from helpers.engine.optimizers import Adam, Descent
 from helpers.engine.stack import Kernel
 from helpers.problems.problem import squared_error
 
 
 @torch.no_grad()
 def descend(
-    stack: Kernel, optimizer: Descent | Elementwise, order: torch.Tensor, sizes: np.ndarray, rates: np.ndarray
+    stack: Kernel, optimizer: Descent | Adam, order: torch.Tensor, sizes: np.ndarray, rates: np.ndarray
 ) -> torch.Tensor:
     """Take a step for each of ``sizes``: move the weights and the optimizer's state, and leave the last gradient.
 
@@ -62,14 +62,14 @@ def descend(
     return losses
 
 
-def _rule(optimizer: Descent | Elementwise) -> tuple[int, tuple[str, ...], tuple[float, float], float]:
+def _rule(optimizer: Descent | Adam) -> tuple[int, tuple[str, ...], tuple[float, float], float]:
     """The kind of update, the names of its moments, their decay rates, and the weights'."""
     if isinstance(optimizer, Descent):
         kinds = ("velocity",) if optimizer.momentum or optimizer.weight_decay else ()
         return len(kinds), kinds, (optimizer.momentum, 0.0), optimizer.weight_decay
-    group = optimizer.group
-    kind = compiled.ADAMW if group["decoupled_weight_decay"] else compiled.ADAM
-    return kind, ("exp_avg", "exp_avg_sq"), group["betas"], group["weight_decay"]
+    options = optimizer.options
+    kind = compiled.ADAMW if options["decoupled_weight_decay"] else compiled.ADAM
+    return kind, ("exp_avg", "exp_avg_sq"), (options["beta1"], options["beta2"]), options["weight_decay"]
 
 
 def _shapes(stack: Kernel) -> list[tuple[str, int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,7 @@ def make(
     momentum: float,
     betas: tuple[float, float],
     weight_decay: float,
-) -> Descent | Elementwise | ApartSGD | ApartAdam | PerReplica:
+) -> Descent | SGD | Adam | PerReplica:
     """Build an optimizer for a stack.
 
     optimizer: a name of ``OPTIMIZERS``; a ``torch.optim`` class, called with (parameters, lr=lr); or a factory, called
@@ -50,15 +49,9 @@ def make(
     fused = stack.problem.dataset.device.type in ("cpu", "cuda") and all(
         p.is_floating_point() for p in stack.parameters.values()
     )
-    if stack.apart:
-        if optimizer == "sgd":
-            return ApartSGD(stack.replicas, fused, momentum, weight_decay)
-        return ApartAdam(stack.replicas, fused, betas, weight_decay, decoupled=optimizer == "adamw")
-    if optimizer == "sgd":
-        return Descent(momentum, weight_decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
-    kind = functools.partial(kind, betas=betas, weight_decay=weight_decay, fused=fused)
-    return Elementwise(stack, kind)
+    if optimizer != "sgd":
+        return Adam(stack.replicas, fused, betas, weight_decay, decoupled=optimizer == "adamw")
+    return SGD(stack.replicas, fused, momentum, weight_decay) if stack.apart else Descent(momentum, weight_decay)
 
 
 def _add(p: torch.Tensor, value: torch.Tensor, alpha: Rate) -> None:
@@ -113,75 +106,11 @@ class Descent:
         self._velocity = {name.removesuffix("/velocity"): value for name, value in state.items()}
 
 
-class Elementwise:
-    """One torch optimizer on the stack itself: right where each weight's update depends on that weight alone.
+class _OfLeaves:
+    """torch's own update of the leaves of every replica: those of one rate in one call."""
 
-    Where rates differ, it has a group a replica.
-    """
-
-    def __init__(self, stack: Stack, kind: Callable):
-        self._stack, self._kind = stack, kind
-        self._apart = False  # whether there is a group a replica
-
-    @functools.cached_property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Built when first needed: the first optimizer of a process takes more than a second."""
-        return self._kind([{"params": list(group.values())} for group in self._groups()])
-
-    def _groups(self) -> list[dict[str, torch.Tensor]]:
-        if self._apart:
-            return [self._stack.leaves(replica) for replica in range(self._stack.replicas)]
-        return [self._stack.parameters]
-
-    @property
-    def group(self) -> Mapping[str, object]:
-        """The settings of torch's optimizer."""
-        return self._optimizer.param_groups[0]
-
-    def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
-        if isinstance(lr, tuple) != self._apart:
-            state, self._apart = self.state(), not self._apart
-            del self._optimizer
-            self.load(state)
-        if gradients is None and stack.factors:
-            for p in stack.parameters.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-            found = {name: p.grad for name, p in stack.parameters.items()}
-            for factors in stack.factors:
-                factors.add_to(found, alpha=1.0)
-        else:
-            found = stack.gradients() if gradients is None else gradients
-            for name, p in stack.parameters.items():
-                p.grad = found.get(name)
-        for group, rate in zip(self._optimizer.param_groups, lr if self._apart else (lr,)):
-            group["lr"] = rate
-        for replica, leaves in enumerate(self._groups() if self._apart else ()):
-            for name, leaf in leaves.items():
-                leaf.grad = found[name][replica] if name in found else None
-        self._optimizer.step()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        state, groups = {}, self._groups()
-        for name, p in groups[0].items():
-            for key, value in self._optimizer.state[p].items():
-                if self._apart:
-                    value = torch.stack([self._optimizer.state[group[name]][key] for group in groups])
-                state[f"{name}/{key}"] = value.expand(self._stack.replicas) if value.ndim == 0 else value
-        return state
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        for path, value in state.items():
-            name, _, key = path.rpartition("/")
-            for replica, group in enumerate(self._groups()):
-                own = value[replica] if self._apart or key == "step" else value
-                self._optimizer.state[group[name]][key] = own.clone()  # steps counted apart, in memory of their own
-
-
-class _Apart:
-    """torch's own update of the leaves of replicas that have their gradients apart: those of one rate in one call."""
-
-    def __init__(self, replicas: int, fused: bool, weight_decay: float):
-        self._options = {"fused": fused, "weight_decay": weight_decay, "maximize": False}
+    def __init__(self, replicas: int, **options: object):
+        self.options = {"maximize": False, **options}
         self._state: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(replicas)]  # name → key → tensor
 
     def _start(self, leaf: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -193,7 +122,9 @@ class _Apart:
 
     @torch.no_grad()
     def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Update every replica. ``gradients``: to use in place of the leaves' own."""
+        """Update every replica. ``gradients``: to use in place of the stack's own."""
+        if gradients is None and not stack.apart:
+            gradients = stack.gradients()
         rows = []
         for replica, states in enumerate(self._state):
             for name, leaf in stack.leaves(replica).items():
@@ -217,14 +148,14 @@ class _Apart:
             states.clear()
             for path, value in state.items():
                 name, _, key = path.rpartition("/")
-                states.setdefault(name, {})[key] = value[replica]
+                states.setdefault(name, {})[key] = value[replica].clone()
 
 
-class ApartSGD(_Apart):
-    """SGD, as ``Descent``."""
+class SGD(_OfLeaves):
+    """SGD where each replica's leaves hold its gradient; else ``Descent`` takes fewer steps over the weights."""
 
     def __init__(self, replicas: int, fused: bool, momentum: float, weight_decay: float):
-        super().__init__(replicas, fused, weight_decay)
+        super().__init__(replicas, fused=fused, weight_decay=weight_decay)
         self.momentum = momentum
 
     def forget(self) -> None:
@@ -237,25 +168,24 @@ class ApartSGD(_Apart):
 
     def _update(self, leaves: list[torch.Tensor], gradients: list[torch.Tensor], states: list[dict], lr: float) -> None:
         velocities = [own.get("velocity") for own in states]
-        options = {"momentum": self.momentum, "dampening": 0.0, "nesterov": False, **self._options}
+        options = {"momentum": self.momentum, "dampening": 0.0, "nesterov": False, **self.options}
         sgd(leaves, gradients, velocities, lr=lr, **options)
 
 
-class ApartAdam(_Apart):
+class Adam(_OfLeaves):
     """Adam, or with ``decoupled`` weight decay AdamW."""
 
     def __init__(self, replicas: int, fused: bool, betas: tuple[float, float], weight_decay: float, decoupled: bool):
-        super().__init__(replicas, fused, weight_decay)
-        self._options |= {"beta1": betas[0], "beta2": betas[1], "eps": 1e-8, "amsgrad": False}
-        self._options["decoupled_weight_decay"] = decoupled
+        own = {"beta1": betas[0], "beta2": betas[1], "eps": 1e-8, "amsgrad": False, "decoupled_weight_decay": decoupled}
+        super().__init__(replicas, fused=fused, weight_decay=weight_decay, **own)
 
     def _start(self, leaf: torch.Tensor) -> dict[str, torch.Tensor]:
         moments = {key: torch.zeros_like(leaf) for key in ("exp_avg", "exp_avg_sq")}
-        return {**moments, "step": torch.zeros((), device=leaf.device if self._options["fused"] else "cpu")}
+        return {**moments, "step": torch.zeros((), device=leaf.device if self.options["fused"] else "cpu")}
 
     def _update(self, leaves: list[torch.Tensor], gradients: list[torch.Tensor], states: list[dict], lr: float) -> None:
         first, second, steps = ([own[key] for own in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        adam(leaves, gradients, first, second, [], steps, lr=lr, **self._options)
+        adam(leaves, gradients, first, second, [], steps, lr=lr, **self.options)
 
 
 class PerReplica:

@@ -155,7 +155,7 @@ class Training:
     def momentum(self, value: float) -> None:
         check_optimizer(self.optimizer, value)
         self._momentum = float(value)
-        if isinstance(self._optimizer, optimizers.Descent | optimizers.ApartSGD):
+        if isinstance(self._optimizer, optimizers.Descent | optimizers.SGD):
             self._optimizer.momentum = self._momentum
             if not value:
                 self._optimizer.forget()
@@ -196,7 +196,7 @@ class Training:
     @property
     def _looped(self) -> bool:
         whole = (self._micro.size or self._batch_size) >= self._batch_size
-        of_ours = isinstance(self._optimizer, optimizers.Descent | optimizers.Elementwise)
+        of_ours = isinstance(self._optimizer, optimizers.Descent | optimizers.Adam)
         return self.stack.looped(self._batch_size) and whole and of_ours and self.clip_norm is None
 
     def _loop(self, sizes: np.ndarray, rates: Sequence) -> torch.Tensor:
