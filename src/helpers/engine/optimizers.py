@@ -207,6 +207,11 @@ class PerReplica:
         first = self._optimizers[0].param_groups[0]["lr"]
         self._ratios = [float(group["lr"]) / float(first) for group in self._optimizers[0].param_groups]
 
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The options of a replica's first group of parameters, such as ``betas``."""
+        return self._optimizers[0].param_groups[0]
+
     def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
         found = stack.gradients() if gradients is None and not stack.apart else gradients
         for replica, optimizer in enumerate(self._optimizers):
@@ -250,7 +255,7 @@ class PerReplica:
 @torch.no_grad()
 def clipped(gradients: Mapping[str, torch.Tensor], most: float) -> dict[str, torch.Tensor]:
     """Scale each replica's gradient down to a norm of at most ``most``, as ``torch.nn.utils.clip_grad_norm_``."""
-    squares = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]
+    squares = [torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients.values()]
     norm = torch.linalg.vector_norm(torch.stack(squares), dim=0)
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
     return {name: g * scale.view(-1, *[1] * (g.dim() - 1)) for name, g in gradients.items()}

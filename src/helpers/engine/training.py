@@ -322,7 +322,7 @@ class Training:
         gradients = self.stack.gradients().values()
         if not gradients:
             return torch.full((len(self.seeds),), math.nan, dtype=torch.float64)
-        return sum(g.flatten(1).norm(dim=1).cpu().double() ** 2 for g in gradients).sqrt()
+        return sum(g.reshape(len(g), -1).norm(dim=1).cpu().double() ** 2 for g in gradients).sqrt()
 
     def minibatch_gradient(self) -> dict[str, torch.Tensor]:
         """The gradient of the next minibatch's mean loss at the weights as they are, by name; nothing moves."""
@@ -342,17 +342,23 @@ class Training:
         state |= {f"optimizer/{name}": value for name, value in self._optimizer.state().items()}
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
+    def load(self, state: Mapping[str, torch.Tensor]) -> Training:
+        """Copy in the weights, buffers and optimizer state of a ``state``; those of one replica go to every one."""
+        parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}}
+        for name, value in state.items():
+            kind, _, rest = name.partition("/")
+            value = value.expand(len(self.seeds), *value.shape[1:])
+            parts[kind][rest] = value.to(self.dataset.device, copy=True, memory_format=torch.contiguous_format)
+        self.stack.load(parts["weights"])
+        self._optimizer.load(parts["optimizer"])
+        return self
+
     def resume(self, state: Mapping[str, torch.Tensor], history: pd.DataFrame) -> None:
         """Go on from a ``state`` and the ``history`` that led to it (as those two gave them, for the same seeds)."""
         records = len(history) // len(self.seeds)
         history = history.drop(columns=["seed", "replicas"])
         last = self._history.resume([history[i : i + records] for i in range(0, len(history), records)])
         self.steps, self.examples_seen, self.seconds = int(last["steps"]), int(last["examples_seen"]), last["seconds"]
-        parts: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}}
-        for name, value in state.items():
-            kind, _, rest = name.partition("/")
-            parts[kind][rest] = value.to(self.dataset.device, copy=True)  # the state given stays as it is
-        self.stack.load(parts["weights"])
-        self._optimizer.load(parts["optimizer"])
+        self.load(state)
         # A schedule is read at the epoch it goes on from.
         self.batch_size, self.lr = self._batch_schedule or self.batch_size, self._lr_schedule or self.lr

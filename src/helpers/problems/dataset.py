@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 
 class DataError(RuntimeError):
@@ -97,6 +97,10 @@ class Dataset(abc.ABC):
     def batch(self, indices: torch.Tensor, split: str = "train") -> tuple[Any, Any]:
         """Return inputs and targets of the examples ``indices``, int64 ``(n,)``."""
 
+    @abc.abstractmethod
+    def select(self, train: torch.Tensor, test: torch.Tensor, test_split: str = "test") -> Dataset:
+        """Make a dataset of the training examples ``train``, tested on the examples ``test`` of ``test_split``."""
+
     @property
     def description(self) -> str:
         """The data in a caption's words."""
@@ -174,6 +178,10 @@ class Tensors(Dataset):
         """Return all inputs and targets of a split."""
         return (self.train_inputs, self.train_targets) if split == "train" else (self.test_inputs, self.test_targets)
 
+    def select(self, train: torch.Tensor, test: torch.Tensor, test_split: str = "test") -> Tensors:
+        pairs = (train.to(self.device), "train"), (test.to(self.device), test_split)
+        return Tensors(self.name, *(values for indices, split in pairs for values in self.batch(indices, split)))
+
     def __reduce__(self):
         if self.reload is not None:
             return self.reload, ()
@@ -208,6 +216,10 @@ class Mapped(Dataset):
         if bad:
             raise DataError(f"{self.name}: NaN or infinity among the {split} examples {_few(indices.tolist())}")
         return inputs, targets
+
+    def select(self, train: torch.Tensor, test: torch.Tensor, test_split: str = "test") -> Mapped:
+        sets = Subset(self._sets["train"], train.tolist()), Subset(self._sets[test_split], test.tolist())
+        return Mapped(self.name, *sets, self._collate_fn, self.key, self.device)
 
     @functools.cached_property
     def fingerprint(self) -> str:
