@@ -14,10 +14,13 @@ MAY = {
     "helpers.measure": {"helpers.problems", "helpers.engine"},
     "helpers.sweep": {"helpers.problems", "helpers.engine", "helpers.measure"},
     "helpers.ledger": {"helpers.problems", "helpers.engine", "helpers.measure", "helpers.sweep"},
+    "helpers.advice": {"helpers.problems", "helpers.engine", "helpers.measure"},
     "helpers.plots": set(),
     "helpers.live": {"helpers.problems", "helpers.engine", "helpers.measure", "helpers.plots"},
     "helpers.book": {"helpers.ledger", "helpers.plots"},
-    "companion": {f"helpers.{room}" for room in ("problems", "engine", "measure", "sweep", "ledger", "plots", "book")},
+    "companion": {
+        f"helpers.{room}" for room in ("problems", "engine", "measure", "sweep", "ledger", "plots", "book", "advice")
+    },
 }
 FILES = sorted(p for p in (ROOT / "src").rglob("*.py") if p.parent.name != "src")
 

@@ -5,7 +5,7 @@ import importlib
 _HOMES = {
     **dict.fromkeys(("Dataset", "Net", "Problem", "Solution"), "helpers.problems"),
     "Training": "helpers.engine.training", "schedule": "helpers.engine.schedules",
-    "Lab": "helpers.live", "Book": "helpers.book", "missing": "helpers.book",
+    "advise": "helpers.advice", "Lab": "helpers.live", "Book": "helpers.book", "missing": "helpers.book",
 }  # fmt: skip
 __all__ = [*_HOMES]
 

@@ -135,20 +135,31 @@ def choose(spec: str, dataset: str = "auto", model: str = "shen_mlp", **options:
     """
     if not spec:
         return named(dataset, model, **options)
+    problem = find(spec)
+    problem.check()
+    return problem
+
+
+def find(spec: str) -> Problem:
+    """The problem of ``"my_module:problem"``, not checked yet; ``choose`` says more."""
+    found = locate(spec)
+    problem = found() if callable(found) else found
+    if not isinstance(problem, Problem):
+        raise ValueError(f"{spec} is a {type(problem).__name__}; expected a Problem, or a function that makes one")
+    return problem
+
+
+def locate(spec: str) -> object:
+    """The object of ``"my_module:name"``, whose module is looked for in the working directory too."""
     module, colon, name = spec.partition(":")
     if not colon:
         raise ValueError(f"problem is {spec!r}; expected module:name, such as my_module:problem")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"problem {spec!r} cannot be found: {error}") from None
-    problem = found() if callable(found) else found
-    if not isinstance(problem, Problem):
-        raise ValueError(f"{spec} is a {type(problem).__name__}; expected a Problem, or a function that makes one")
-    problem.check()
-    return problem
 
 
 def data_root(root: str | Path | None = None) -> Path:

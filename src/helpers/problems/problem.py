@@ -112,6 +112,28 @@ class Problem:
         labels = self.dataset.train_targets if isinstance(self.dataset, Tensors) else None
         return labels is not None and not labels.is_floating_point() and int(labels.min()) >= 0
 
+    def own_loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """The loss of a minibatch as a training loop takes it, one number; where the loss gives several, their mean."""
+        return self.loss(_class_axis_first(outputs, targets, self.loss), targets).mean()
+
+    def without_example_losses(self, summed: bool = False) -> Problem:
+        """The problem for a loss of minibatches alone: each example's loss is its minibatch's, and so is their mean.
+
+        summed: the loss is a sum over examples, not a mean.
+        """
+        own = self.own_loss
+
+        def shared(outputs: Any, targets: Any) -> torch.Tensor:
+            n = _length(targets)
+            return (own(outputs, targets) / (n if summed else 1)).expand(n)
+
+        return Problem(self.dataset, self.net, shared)
+
+    @property
+    def has_example_losses(self) -> bool:
+        """Whether the loss takes ``reduction="none"``."""
+        return self._one_each is not self.loss
+
     def example_scores(self, outputs: Any, targets: Any) -> torch.Tensor | None:
         """The share of each example's targets that the largest output names ``(n,)``; None without classes."""
         while isinstance(outputs, list | tuple) and outputs:
