@@ -77,6 +77,23 @@ def run(profile, dataset, only, jobs, cluster, timeout, out, pairs) -> None:
 
 
 @main.command()
+@click.argument("problem", metavar="MODULE:PROBLEM")
+@click.option("--minutes", type=float, default=10, show_default=True,
+              help="Time it may take: 1 for a rough answer, 10 with branches, 60 along a pilot run.")  # fmt: skip
+@click.option("--batch-size", type=int, default=64, show_default=True, help="The present batch size.")
+@click.option("--lr", type=float, default=3e-4, show_default=True, help="The present learning rate.")
+@click.option("--optimizer", default="adamw", show_default=True, help="sgd, adam, adamw, or module:factory.")
+@click.option("--out", type=FOLDER, help="A new folder for the page and its data.  [default: outputs/advice/<time>]")
+def advise(problem, minutes, batch_size, lr, optimizer, out) -> None:
+    """Measure which batch size to train your own PROBLEM at, and write a page with the reasons."""
+    from companion import advice
+
+    with _one_line_errors():
+        sys.exit(advice.advise(problem, minutes=minutes, batch_size=batch_size, lr=lr, optimizer=optimizer, out=out,
+                               say=_say))  # fmt: skip
+
+
+@main.command()
 @click.argument("notebook", required=False)
 @click.option("--grid", "grids", multiple=True, metavar="NAME=A,B",
               help="lr=0.01,0.1, batch_sizes=[64,256],[1024], seed=0:5, or a YAML file; several multiply.")  # fmt: skip

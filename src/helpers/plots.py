@@ -165,6 +165,28 @@ def rate_map(frame: pd.DataFrame, value: str, *, text: str = "{:.0f}", ax: Axes 
     return ax
 
 
+def price_of_batch(table: pd.DataFrame, low: float, high: float, present: float, *, ax: Axes | None = None) -> Axes:
+    """Steps, examples and seconds to the same loss against batch size, relative to the fewest, with their bands.
+
+    ``table``: of an ``Advice``. low, high: the recommended sizes. present: the batch size in use.
+    """
+    ax = ax or plt.subplots()[1]
+    ax.axvspan(low, max(high, low * 1.05), color="0.88", linewidth=0, label="recommended", zorder=0)
+    for column, shade in (("steps", "#56b4e9"), ("examples", "#e69f00"), ("seconds", "black")):
+        ax.fill_between(table.batch_size, table[f"{column}_low"], table[f"{column}_high"], color=shade, alpha=0.15,
+                        linewidth=0)  # fmt: skip
+        ax.plot(table.batch_size, table[column], color=shade, label=column)
+    ax.axvline(present, color="0.35", linestyle=":", linewidth=1.2, label="present")
+    too_large = table[table.fits == "no"].batch_size
+    if len(too_large):
+        ax.axvspan(too_large.min() / 2**0.5, table.batch_size.max(), facecolor="none", edgecolor="0.6", hatch="//",
+                   linewidth=0, label="does not fit", zorder=0)  # fmt: skip
+    ax.set(yscale="log", ylim=(0.9, max(4.0, min(table.seconds.max(), 50))))
+    ax.legend(loc="upper center", ncols=2)
+    batch_size_axis(ax, table.batch_size.tolist()).set(ylabel="times the fewest")
+    return ax
+
+
 def spans(frame: pd.DataFrame, low: str, high: str, *, ax: Axes | None = None) -> Axes:
     """A bar per row from column ``low`` to ``high`` over its batch size, the seeds of a size side by side."""
     ax = ax or plt.subplots()[1]
