@@ -167,6 +167,14 @@ def test_one_example_is_no_choice():
         advise(problem(x=X[:1], y=Y[:1]), batch_size=1, **QUICK)
 
 
+def test_without_a_test_set_some_training_examples_are_held_out():
+    found = make_subject(problem(), "sgd", 200, 0.1, None)
+    assert (found.num_train, found.problem.dataset.num_test, found.batch_size) == (180, 20, 180)
+    assert {*map(float, found.problem.dataset.train_inputs[:, 0, 0, 0])} | {
+        *map(float, found.problem.dataset.test_inputs[:, 0, 0, 0])
+    } == {*map(float, X[:, 0, 0, 0])}
+
+
 def test_a_loss_that_is_not_a_number_is_one_clear_line():
     with pytest.raises(ValueError, match="the loss of the first 16 examples is nan at the weights given"):
         advise(problem(loss=lambda outputs, targets: outputs.sum(1) * math.nan), batch_size=16, **QUICK)

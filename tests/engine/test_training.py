@@ -619,6 +619,17 @@ def test_a_branchs_changed_settings_act_as_in_a_training_that_was_changed(option
     assert same(changed.weights(), branch.weights())
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "adam"}, {"optimizer": torch.optim.RMSprop}])
+def test_a_state_of_one_replica_goes_to_every_one(options):
+    one = train(seeds=[3], batch_size=25, lr=0.01, **options).advance(steps=3, record=False)
+    several = train(seeds=[7, 3], batch_size=25, lr=(0.01, 0.01), **options).load(one.state())
+    assert all(torch.equal(value, one.state()[name].expand_as(value)) for name, value in several.state().items())
+    one.examples_seen = several.examples_seen  # the same minibatch
+    one.step(), several.step()
+    for name, w in several.weights().items():
+        assert torch.allclose(w[1], one.weights()[name][0], atol=1e-6) and not torch.equal(w[0], w[1])
+
+
 def test_a_branch_shares_the_examples_and_nothing_else():
     trunk = train(batch_size=60, momentum=0.9).advance(steps=2, record=False)
     branch = trunk.branch()

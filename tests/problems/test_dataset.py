@@ -120,3 +120,16 @@ def test_items_that_change_from_read_to_read_need_a_key():
     with pytest.raises(DataError, match=r"item 0 of data \(train\) changes from read to read; give of_map"):
         _ = Dataset.of_map(Augmented()).fingerprint
     assert Dataset.of_map(Augmented(), key="augmented").fingerprint
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Dataset.of(X[:8], Y[:8], X[8:], Y[8:], device="cpu"),
+    lambda: Dataset.of_map(Items(zip(X[:8], Y[:8])), Items(zip(X[8:], Y[8:])), device="cpu"),
+])  # fmt: skip
+@pytest.mark.parametrize(("split", "offset"), [("test", 8), ("train", 0)])
+def test_selected_examples_are_those_asked_for(make, split, offset):
+    data = make().select(torch.tensor([5, 2, 2]), torch.tensor([3, 0]), split)
+    assert (data.num_train, data.num_test) == (3, 2)
+    for indices, part in (([5, 2, 2], "train"), ([3 + offset, 0 + offset], "test")):
+        inputs, targets = data.batch(torch.arange(len(indices)), part)
+        assert torch.equal(inputs, X[indices]) and torch.equal(targets, Y[indices])

@@ -87,10 +87,11 @@ def subject(problem: Problem, optimizer: str | Callable, batch_size: int, lr: fl
     """Check what is advised on. Raises TypeError or ValueError, in one line, for what cannot be trained."""
     if not isinstance(problem, Problem):
         raise TypeError(f"advise takes a Problem, not a {type(problem).__name__}: Problem(dataset, net, loss)")
-    if problem.num_train < 2:
-        raise ValueError("1 training example: a batch size is a choice from 2 examples on")
     check_batch_size(batch_size, problem.num_train)
     check_lr(lr)
+    problem = _with_held_out(problem)
+    if problem.num_train < 2:
+        raise ValueError("1 training example: a batch size is a choice from 2 examples on")
     module = problem.net.module(0)
     on_meta = next((name for name, p in module.named_parameters() if p.is_meta), None)
     if on_meta is not None:
@@ -98,7 +99,8 @@ def subject(problem: Problem, optimizer: str | Callable, batch_size: int, lr: fl
             f"{on_meta} is on the meta device, so it has no values; make the net on a real device in its factory, or "
             "call to_empty() and initialise it there"
         )
-    return Subject(_with_held_out(problem), optimizer, batch_size, float(lr), _state(module, weights), workers)
+    batch_size = min(batch_size, problem.num_train)  # of all but those held out
+    return Subject(problem, optimizer, batch_size, float(lr), _state(module, weights), workers)
 
 
 def _state(module: nn.Module, weights: object) -> dict[str, torch.Tensor]:
@@ -122,7 +124,7 @@ def _with_held_out(problem: Problem) -> Problem:
     if data.num_test:
         chosen = torch.randperm(data.num_test, generator=torch.Generator().manual_seed(0))[:HELD_OUT]
         data = data.select(torch.arange(data.num_train), chosen) if data.num_test > HELD_OUT else data
-    else:
+    elif problem.num_train > 1:
         held_out = min(max(problem.num_train // 10, 1), HELD_OUT)
         data = data.select(order[held_out:], order[:held_out], "train")
     return Problem(data, problem.net, problem.loss)
@@ -133,12 +135,14 @@ def loop(model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader,
 
     Raises DataError for a loader whose examples cannot be asked for by number.
     """
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+    if isinstance(loader.dataset, IterableDataset):
         raise DataError(
             f"a {type(loader.dataset).__name__} gives its examples in one order alone, and advice compares batch sizes "
             "on the same ones; keep some: advise.from_loop(model, optimizer, "
             "DataLoader(list(itertools.islice(dataset, 10_000)), batch_size=64), loss)"
         )
+    if loader.batch_size is None:
+        raise DataError("the loader has a batch sampler, and advice draws its own batches: give batch_size=... instead")
     device = next(model.parameters()).device
     data = Dataset.of_map(loader.dataset, collate_fn=loader.collate_fn, key="loop", device=device)
     held = copy.deepcopy(model).cpu()

@@ -121,13 +121,7 @@ class Problem:
 
         summed: the loss is a sum over examples, not a mean.
         """
-        own = self.own_loss
-
-        def shared(outputs: Any, targets: Any) -> torch.Tensor:
-            n = _length(targets)
-            return (own(outputs, targets) / (n if summed else 1)).expand(n)
-
-        return Problem(self.dataset, self.net, shared)
+        return Problem(self.dataset, self.net, functools.partial(_of_minibatch, self.loss, summed))
 
     @property
     def has_example_losses(self) -> bool:
@@ -261,6 +255,11 @@ def _class_axis_first(outputs: Any, targets: Any, loss: Callable) -> Any:
         return outputs
     last = outputs.shape[:-1] == targets.shape
     return outputs.movedim(-1, 1) if last and not targets.is_floating_point() else outputs
+
+
+def _of_minibatch(loss: Callable, summed: bool, outputs: Any, targets: Any) -> torch.Tensor:
+    n = _length(targets)
+    return (loss(_class_axis_first(outputs, targets, loss), targets).mean() / (n if summed else 1)).expand(n)
 
 
 def _first_line(error: Exception) -> str:
