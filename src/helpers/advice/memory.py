@@ -82,7 +82,7 @@ def measure(subject: Subject, seconds: float) -> Memory:
     if not trials.bytes:
         where = f"out of memory in {trials.limit[1]}, of {trials.budget / 1e9:.3g} GB"
         raise DoesNotFit(f"not even one example fits: {where}; take a smaller net, or an optimizer with less state")
-    saved = _saved(subject)
+    saved = _saved(subject, max(trials.bytes))
     train, evaluate = trials.line(0, saved), trials.line(1, 0)
     room = trials.budget * (1 - MARGIN)
     predicted = min(line.largest_batch(room) if line(1) <= room else 1 for line in (train, evaluate))
@@ -175,9 +175,9 @@ def _training(subject: Subject, size: int) -> Training:
     return Training(subject.problem, batch_size=size, lr=subject.lr, optimizer=subject.optimizer)
 
 
-def _saved(subject: Subject) -> int:
-    """Bytes that autograd keeps an example, by the difference of two batches."""
-    size = min(max(subject.batch_size, 2), subject.num_train // 2)
+def _saved(subject: Subject, fits: int) -> int:
+    """Bytes that autograd keeps an example, by the difference of two batches of which the larger is known to fit."""
+    size = max(1, min(subject.batch_size, fits // 2, subject.num_train // 2))
     kept = []
     for batch in (size, 2 * size):
         training = subject.training(batch)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from helpers.engine.optimizers import check_optimizer
 from helpers.engine.schedules import check_batch_size, check_lr
 from helpers.engine.training import Training
 from helpers.problems import DataError, Dataset, Net, Problem
@@ -89,6 +90,7 @@ def subject(problem: Problem, optimizer: str | Callable, batch_size: int, lr: fl
         raise TypeError(f"advise takes a Problem, not a {type(problem).__name__}: Problem(dataset, net, loss)")
     check_batch_size(batch_size, problem.num_train)
     check_lr(lr)
+    check_optimizer(optimizer, 0.0)
     problem = _with_held_out(problem)
     if problem.num_train < 2:
         raise ValueError("1 training example: a batch size is a choice from 2 examples on")
