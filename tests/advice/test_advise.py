@@ -8,6 +8,7 @@ import random
 import traceback
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -351,20 +352,27 @@ def test_a_trained_state_is_measured_where_it_is():
 
 def test_half_an_hours_advice_has_rates_and_branches_along_a_pilot_run(monkeypatch):
     monkeypatch.setattr(critical, "_MOST", 3)  # orders of the data
-    x = torch.randn(600, 10, generator=torch.Generator().manual_seed(3))
-    y = (x @ torch.randn(10, generator=GENERATOR) + torch.randn(600, generator=GENERATOR) > 0).long()
-    made = Problem(Dataset.of(x[:500], y[:500], x[500:], y[500:], device="cpu"), Net(lambda: nn.Linear(10, 2)))
-    found = advise(made, optimizer="sgd", batch_size=32, lr=0.01, minutes=30, say=lambda line: None)
+    x, curvature = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0)), 1 / torch.arange(1.0, 17)
+
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.full((16,), 3.0))
+
+        def forward(self, inputs):
+            return self.w - inputs
+
+    data = Dataset.of(x, torch.zeros(1024), torch.zeros(1, 16), torch.zeros(1), device="cpu")
+    made = Problem(data, Net(Point), lambda outputs, _: (outputs.square() * curvature).sum(1) / 2)
+    found = advise(made, optimizer="sgd", batch_size=32, lr=0.05, minutes=30, say=lambda line: None)
     asked = [*found.phases, *found.missing]
     assert asked.count("rate") == 1 and sum(name.startswith("critical") for name in asked) == 4
-    first = found.phases["critical at initialisation"]
-    assert first.size.low > 0 and first.examples == 448
-    assert first.frame.batch_size.unique().tolist() == [8, 16, 32]
-    rate = found.phases["rate"]
+    first, rate, a = found.phases["critical at initialisation"], found.phases["rate"], found.answer
+    assert first.examples == 1024 and first.frame.batch_size.unique().tolist() == [8, 16, 32, 64, 128]
+    assert 8 < first.size.estimate < 128 and first.size.low > 0
     assert rate.best.low <= rate.best.estimate <= rate.best.high <= rate.stable.high
-    assert rate.best.estimate > 0.04  # the highest rate of the first grid
-    a = found.answer
-    assert a.critical_from.startswith("critical") and a.low <= a.batch_size <= a.high <= 25
+    assert rate.best.estimate > 0.2  # the highest rate of the first grid
+    assert a.critical_from.startswith("critical") and a.low <= a.batch_size <= a.high <= 1024 / 20
     assert a.lr.low < a.lr.estimate < a.lr.high
 
 
@@ -384,6 +392,14 @@ def test_a_cap_moves_the_range_to_the_least_time_that_it_allows():
     low, best, high, bound = answer.within(turning=1000.0, critical=1000.0, cap=100.0)
     assert bound and best == pytest.approx(100, rel=1e-2) and high == pytest.approx(100, rel=1e-2)
     assert (1 + 1000 / low) * (1000 + low) == pytest.approx(1.1 * (1 + 1000 / 100) * 1100, rel=1e-2)
+
+
+def test_the_rate_is_read_between_the_branches_and_smoothed_over_neighbours():
+    subject = make_subject(problem(), "sgd", 16, 0.1, None)
+    frame = pd.DataFrame()
+    branches = {"critical": critical.Branches(Interval(50, 100, 200), 8, 64, 1000, {8: 0.1, 16: 0.4, 32: 0.1}, frame)}
+    assert answer._rate(subject, None, branches, 16).estimate == pytest.approx((0.1 * 0.4 * 0.1) ** (1 / 3))
+    assert answer._rate(subject, None, {}, 32).estimate == pytest.approx(0.2)  # the linear rule from the present rate
 
 
 def test_intervals_combine_in_logs_and_stay_open():

@@ -128,7 +128,9 @@ def _rate(subject: Subject, rate: object, branches: dict[str, Branches], batch_s
     if name is None:
         return base * factor
     rates = branches[name].rates
-    at = np.interp(math.log(batch_size), np.log([*rates]), np.log([*rates.values()]))
+    logs = np.pad(np.log([*rates.values()]), 1, mode="edge")
+    smooth = (logs[:-2] + logs[1:-1] + logs[2:]) / 3  # each is known to the grid's step alone
+    at = np.interp(math.log(batch_size), np.log([*rates]), smooth)
     return Interval(0.5, 1.0, 2.0) * math.exp(at)  # the grid's step
 
 
