@@ -1,6 +1,7 @@
 """Advice: each awkward problem gets a right answer or one clear line, and nothing of the user's moves."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from helpers import Dataset, Net, Problem, Training, advise
-from helpers.advice import answer, contract, critical, memory, speed
+from helpers.advice import answer, contract, critical, memory, rate, speed
 from helpers.advice.advise import _Phases
 from helpers.advice.interval import Interval
 from helpers.advice.subject import subject as make_subject
@@ -374,6 +375,27 @@ def test_half_an_hours_advice_has_rates_and_branches_along_a_pilot_run(monkeypat
     assert rate.best.estimate > 0.2  # the highest rate of the first grid
     assert a.critical_from.startswith("critical") and a.low <= a.batch_size <= a.high <= 1024 / 20
     assert a.lr.low < a.lr.estimate < a.lr.high
+
+
+def test_a_critical_batch_that_grows_more_than_fourfold_is_answered_by_a_ramp():
+    found = advise(problem(), batch_size=16, optimizer="sgd", lr=0.1, **QUICK)
+    sizes = {"critical at initialisation": 10, "critical after warm-up": 90}
+    frame = pd.DataFrame()
+    phases = {name: critical.Branches(Interval(size / 2, size, 2 * size), 8, 64, 1000, {8: 0.1, 64: 0.2}, frame)
+              for name, size in sizes.items()}  # fmt: skip
+    grown = dataclasses.replace(found, phases={**found.phases, **phases})
+    assert grown.growth == pytest.approx(9)
+    assert f"it grows 9-fold, so start with {round(found.answer.batch_size / 3)}" in "".join(grown.summary())
+    assert "grows" not in "".join(found.summary())
+
+
+def test_branches_that_do_not_fit_the_time_are_refused_before_they_are_tried():
+    subject = make_subject(problem(), "sgd", 16, 0.1, None)
+    slow = dataclasses.replace(speed.measure(subject, 5.0, 180), fixed=60.0, per_example=1.0)
+    with pytest.raises(ValueError, match=r"30 steps of 5 rates in 3 orders take about [\d,]+ s"):
+        rate.measure(subject, 100.0, slow)
+    with pytest.raises(ValueError, match="do not fit into 100 s"):
+        critical.measure(subject, 100.0, slow, 0.1, 100)
 
 
 # The answer in closed form

@@ -100,7 +100,8 @@ class Advice:
     def _ramp(self) -> str:
         if self.growth is None or self.growth <= 4:
             return ""
-        return f"; it grows {self.growth:.2g}-fold, so start with {number(self.answer.batch_size / self.growth**0.5)}"
+        start = max(1, round(self.answer.batch_size / self.growth**0.5))
+        return f"; it grows {self.growth:.2g}-fold, so start with {start:,}"
 
     def to_dict(self) -> dict[str, object]:
         """The content of ``advice.json`` (docs/advise.md); an open side of an interval is null."""

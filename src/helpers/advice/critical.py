@@ -49,7 +49,7 @@ def measure(subject: Subject, seconds: float, speed: Speed, lr: float, most: int
 
     Raises ValueError where ``seconds`` do not allow three sizes.
     """
-    price = replica_price(subject, speed, _RATES * _FEWEST)
+    price = replica_price(subject, speed, _RATES * _FEWEST, seconds)
     most = min(most, subject.num_train // _SHORTEST)
     for sizes in _plans(subject.batch_size, min(speed.seconds), most):
         total = _affordable(sizes, seconds, price, speed, subject)

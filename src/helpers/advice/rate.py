@@ -47,11 +47,13 @@ def measure(subject: Subject, seconds: float, speed: Speed) -> Rate:
     Raises ValueError where they do not allow thirty.
     """
     batch, grid = subject.batch_size, [subject.lr * 2.0**power for power in (-2, -1, 0, 1, 2)]
-    price = replica_price(subject, speed, len(grid) * len(ORDERS))
-    steps = min(_MOST, int(seconds / (2 * price * len(grid) * len(ORDERS) * speed.step(batch))))
+    replicas = 2 * len(grid) * len(ORDERS)  # twice the grid, for its edges may move
+    price = replica_price(subject, speed, len(grid) * len(ORDERS), seconds)
+    reading = subject.problem.dataset.num_test * speed.per_example / 3
+    steps = min(_MOST, int((seconds / replicas / price - reading) / speed.step(batch)))
     if steps < _FEWEST:
-        needed = 2 * price * _FEWEST * len(grid) * len(ORDERS) * speed.step(batch)
-        raise ValueError(f"{_FEWEST} steps of {len(grid)} rates in {len(ORDERS)} orders take {number(needed)} s")
+        needed = replicas * price * (_FEWEST * speed.step(batch) + reading)
+        raise ValueError(f"{_FEWEST} steps of {len(grid)} rates in {len(ORDERS)} orders take about {number(needed)} s")
     tried = critical.extended(
         lambda rates: critical.branch(subject.training, batch, rates, ORDERS, steps * batch), grid
     )
@@ -67,8 +69,10 @@ def measure(subject: Subject, seconds: float, speed: Speed) -> Rate:
     return Rate(batch, steps, Interval(min(level), best, max(level)), stable, edge, tried[["lr", "order", "loss"]])
 
 
-def replica_price(subject: Subject, speed: Speed, replicas: int) -> float:
-    """Seconds of a step a replica, among so many side by side, in terms of one alone."""
+def replica_price(subject: Subject, speed: Speed, replicas: int, seconds: float) -> float:
+    """Seconds of a step a replica, among so many side by side, in terms of one alone; 1 where trying takes too long."""
+    if 2 * replicas * speed.step(subject.batch_size) > 0.1 * seconds:
+        return 1.0
     training = subject.training(subject.batch_size, [subject.lr] * replicas, [*range(replicas)])
     training.step()
     started = time.perf_counter()
