@@ -53,7 +53,8 @@ def measure(subject: Subject, seconds: float, speed: Speed, lr: float, most: int
     most = min(most, subject.num_train // _SHORTEST)
     for sizes in _plans(subject.batch_size, min(speed.seconds), most):
         total = _affordable(sizes, seconds, price, speed, subject)
-        orders = next((n for n in range(_MOST, _FEWEST, -1) if total / n >= _ENOUGH * sizes[-1]), _FEWEST)
+        enough = min(_ENOUGH * sizes[-1], subject.num_train)
+        orders = next((n for n in range(_MOST, _FEWEST, -1) if total / n >= enough), _FEWEST)
         examples = min(total // orders, _LONGEST * sizes[-1], subject.num_train)
         if examples >= _SHORTEST * sizes[-1]:
             break
