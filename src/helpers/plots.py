@@ -182,7 +182,7 @@ def price_of_batch(table: pd.DataFrame, low: float, high: float, present: float,
         ax.axvspan(too_large.min() / 2**0.5, table.batch_size.max(), facecolor="none", edgecolor="0.6", hatch="//",
                    linewidth=0, label="does not fit", zorder=0)  # fmt: skip
     ax.set(yscale="log", ylim=(0.9, max(4.0, min(table.seconds.max(), 50))))
-    ax.legend(loc="upper center", ncols=2)
+    ax.legend(loc="upper center", ncols=2, frameon=True, framealpha=0.8, edgecolor="none")
     batch_size_axis(ax, table.batch_size.tolist()).set(ylabel="times the fewest")
     return ax
 

@@ -246,7 +246,7 @@ class Greedy(torch.optim.SGD):
 
 @pytest.mark.parametrize(("training", "where"), [(True, "a training step"), (False, "an evaluation batch")])
 def test_the_largest_batch_is_found_where_memory_runs_out(training, where):
-    found = memory.measure(make_subject(problem(lambda: Hungry(training)), "adamw", 32, 0.01, None), 5.0)
+    found = memory.measure(make_subject(problem(lambda: Hungry(training)), "adamw", 32, 0.01, None), 120.0)
     assert (found.proven, found.fits, found.limit) == (40, 40, (41, where))
 
 

@@ -47,7 +47,7 @@ class Contract:
         return {
             EXACT: f"gradient accumulation is exact (to {self.deviation:.0e}, {self.precision})",
             WEIGHTED: "gradient accumulation is exact only when weighted by tokens (or class weights): a plain mean of "
-            f"micro-batches is off by {self.deviation:.1%}",
+            f"micro-batches is off by {100 * self.deviation:.1f} %",
             SUM: "the loss is a sum, so its gradient grows with the batch; the advice is for its mean over examples",
             IMPOSSIBLE: "gradient accumulation is impossible: an example depends on the others in its batch, in "
             f"{self.cause}",

@@ -62,7 +62,7 @@ class Memory:
         all_fit = f"all {self.num_train:,} examples fit" if self.predicted >= self.num_train else ""
         return (
             f"{all_fit or f'batches fit up to {self.predicted:,}'} (predicted), proven at {self.proven:,} with "
-            f"{number(max(self.proven_bytes / 1e6, 0.1))} MB; {MARGIN:.0%} of {self.budget / 1e9:.3g} GB is kept free"
+            f"{number(max(self.proven_bytes / 1e6, 0.1))} MB; {100 * MARGIN:.0f} % of {self.budget / 1e9:.3g} GB is kept free"
         )
 
 
