@@ -59,11 +59,12 @@ class Memory:
         """What fits, in words."""
         if self.limit:
             return f"batches fit up to {self.proven:,} (proven); {self.limit[0]:,} ran out of memory in {self.limit[1]}"
-        all_fit = f"all {self.num_train:,} examples fit" if self.predicted >= self.num_train else ""
-        return (
-            f"{all_fit or f'batches fit up to {self.predicted:,}'} (predicted), proven at {self.proven:,} with "
-            f"{number(max(self.proven_bytes / 1e6, 0.1))} MB; {100 * MARGIN:.0f} % of {self.budget / 1e9:.3g} GB is kept free"
-        )
+        fit = f"batches fit up to {self.predicted:,}"
+        if self.predicted >= self.num_train:
+            fit = f"all {self.num_train:,} examples fit"
+        bytes_ = f"{number(max(self.proven_bytes / 1e6, 0.1))} MB"
+        kept = f"{100 * MARGIN:.0f} % of {self.budget / 1e9:.3g} GB is kept free"
+        return f"{fit} (predicted), proven at {self.proven:,} with {bytes_}; {kept}"
 
 
 def measure(subject: Subject, seconds: float) -> Memory:
