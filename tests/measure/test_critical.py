@@ -107,6 +107,8 @@ def test_branches_of_a_problem_see_equal_examples_and_extend_their_rates():
         return Training(problem, seeds=orders, batch_size=batch_size, lr=rates)
 
     frame = critical.branches(start, (8, 32, 128), base=8, lr=0.05, rule="linear", examples=512, records=8)
+    apart = critical.branches(start, (8, 32, 128), base=8, lr=0.05, rule="linear", examples=512, records=8, together=2)
+    pd.testing.assert_frame_equal(*(f.reset_index(drop=True) for f in (frame, apart)), rtol=1e-4)
     assert critical.at_the_end(frame).examples_seen.eq(512).all()
     assert frame[frame.batch_size == 8].examples_seen.nunique() > 5
     best = critical.best_rates(frame)

@@ -63,8 +63,10 @@ def measure(subject: Subject, seconds: float, speed: Speed, lr: float, most: int
             f"branches at three sizes up to {most}, {_SHORTEST} steps of the largest, do not fit into {seconds:.0f} s"
         )
     examples -= examples % sizes[-1]
-    frame = critical.branches(subject.training, sizes, base=subject.batch_size, lr=lr, rule=subject.rule,
-                              examples=examples, orders=range(1, 1 + orders), records=_RECORDS)  # fmt: skip
+    frame = critical.branches(
+        subject.training, sizes, base=subject.batch_size, lr=lr, rule=subject.rule, examples=examples,
+        orders=range(1, 1 + orders), records=_RECORDS, together=subject.together,
+    )  # fmt: skip
     found = critical.critical_batch_size(frame)
     rates = {int(b): float(rate) for b, rate in critical.best_rates(frame).items()}
     return Branches(Interval(found.low, found.estimate, found.high), float(found.keeps_up), float(found.falls_behind),

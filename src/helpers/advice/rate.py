@@ -55,7 +55,7 @@ def measure(subject: Subject, seconds: float, speed: Speed) -> Rate:
         needed = replicas * price * (_FEWEST * speed.step(batch) + reading)
         raise ValueError(f"{_FEWEST} steps of {len(grid)} rates in {len(ORDERS)} orders take about {number(needed)} s")
     tried = critical.extended(
-        lambda rates: critical.branch(subject.training, batch, rates, ORDERS, steps * batch), grid
+        lambda rates: critical.branch(subject.training, batch, rates, ORDERS, steps * batch, 1, subject.together), grid
     )
     losses = tried.pivot(index="lr", columns="order", values="loss")
     before = float(subject.training(batch).evaluate("test")[0])
@@ -71,6 +71,7 @@ def measure(subject: Subject, seconds: float, speed: Speed) -> Rate:
 
 def replica_price(subject: Subject, speed: Speed, replicas: int, seconds: float) -> float:
     """Seconds of a step a replica, among so many side by side, in terms of one alone; 1 where trying takes too long."""
+    replicas = min(replicas, subject.together)
     if 2 * replicas * speed.step(subject.batch_size) > 0.1 * seconds:
         return 1.0
     training = subject.training(subject.batch_size, [subject.lr] * replicas, [*range(replicas)])

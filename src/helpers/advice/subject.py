@@ -22,6 +22,7 @@ from helpers.engine.schedules import check_batch_size, check_lr
 from helpers.engine.training import Training
 from helpers.problems import DataError, Dataset, Net, Problem
 
+_STACK_BYTES = 2**27  # of the weights of copies side by side; gradients and optimizer state come on top
 HELD_OUT = 1_000  # most examples that a held-out loss is read on
 
 
@@ -53,6 +54,12 @@ class Subject:
     def at_initialisation(self) -> Subject:
         """The same training at the net's own initial weights."""
         return replace(self, state=_state(self.problem.net.module(0), None))
+
+    @property
+    def together(self) -> int:
+        """How many copies may train side by side: their weights take ``_STACK_BYTES`` at most."""
+        one = sum(v.numel() * v.element_size() for name, v in self.state.items() if name.startswith("weights/"))
+        return max(1, _STACK_BYTES // one)
 
     @property
     def num_train(self) -> int:

@@ -28,23 +28,24 @@ _REACH = 32.0  # times the sizes compared: beyond that a critical batch size is 
 
 
 def branch(start: Start, batch_size: int, rates: Sequence[float], orders: Sequence[int], examples: int,
-           records: int = 1) -> pd.DataFrame:  # fmt: skip
-    """Train a branch for each rate and order, side by side, and read its held-out loss.
+           records: int = 1, together: int = 64) -> pd.DataFrame:  # fmt: skip
+    """Train a branch for each rate and order, and read its held-out loss.
 
     examples: of a branch; its last step may take fewer. records: losses read on the way, evenly in log examples.
+    together: the most branches side by side, as memory holds.
     Returns one row a record: ``batch_size``, ``lr``, ``order``, ``examples_seen``, ``loss`` (inf where it diverged).
     """
-    pairs = [*itertools.product(rates, orders)]
-    training = start(batch_size, [rate for rate, _ in pairs], [order for _, order in pairs])
-    rows = []
-    for mark in np.geomspace(examples if records == 1 else batch_size, examples, records):
-        if training.examples_seen >= mark:  # the step before went past it
-            continue
-        while training.examples_seen < mark:
-            training.step()
-        loss = training.evaluate("test")[0].nan_to_num(nan=math.inf)
-        rows += [{"batch_size": batch_size, "lr": rate, "order": order, "examples_seen": training.examples_seen,
-                  "loss": value} for (rate, order), value in zip(pairs, loss.tolist())]  # fmt: skip
+    pairs, rows = [*itertools.product(rates, orders)], []
+    for some in (pairs[i : i + together] for i in range(0, len(pairs), together)):
+        training = start(batch_size, [rate for rate, _ in some], [order for _, order in some])
+        for mark in np.geomspace(examples if records == 1 else batch_size, examples, records):
+            if training.examples_seen >= mark:  # the step before went past it
+                continue
+            while training.examples_seen < mark:
+                training.step()
+            loss = training.evaluate("test")[0].nan_to_num(nan=math.inf)
+            rows += [{"batch_size": batch_size, "lr": rate, "order": order, "examples_seen": training.examples_seen,
+                      "loss": value} for (rate, order), value in zip(some, loss.tolist())]  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -61,12 +62,12 @@ def extended(try_rates: Callable[[Sequence[float]], pd.DataFrame], rates: Sequen
 
 
 def branches(start: Start, batch_sizes: Sequence[int], *, base: int, lr: float, rule: str, examples: int,
-             orders: Sequence[int] = (1, 2, 3), records: int = 16) -> pd.DataFrame:  # fmt: skip
+             orders: Sequence[int] = (1, 2, 3), records: int = 16, together: int = 64) -> pd.DataFrame:  # fmt: skip
     """Branches at several batch sizes, with the same examples in the same order.
 
     base, lr: a batch size and its rate. rule: of ``rates.RULES``, by which the rate follows the batch; its half and
     double are tried too, and more where the best is at the edge. Returns rows as ``branch``; the smallest size has
-    ``records`` along the way, the others one at the end.
+    ``records`` along the way, the others one at the end. together: as ``branch``.
     """
     rate, frames, smallest = {}, [], min(batch_sizes)
     above, below = [b for b in sorted(batch_sizes) if b >= base], [b for b in sorted(batch_sizes)[::-1] if b < base]
@@ -75,7 +76,7 @@ def branches(start: Start, batch_sizes: Sequence[int], *, base: int, lr: float, 
         for b in sizes:
             centre *= (b / before) ** RULES[rule]
             count = records if b == smallest else 1
-            tried = extended(lambda rates, b=b, n=count: branch(start, b, rates, orders, examples, n),
+            tried = extended(lambda rates, b=b, n=count: branch(start, b, rates, orders, examples, n, together),
                              [centre / 2, centre, 2 * centre])  # fmt: skip
             before, centre = b, at_the_end(tried).groupby("lr").loss.mean().idxmin()
             rate[b], frames = centre, [*frames, tried]
