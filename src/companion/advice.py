@@ -6,14 +6,13 @@ import base64
 import contextlib
 import io
 import json
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from companion import pages
-from companion.parameters import OUTPUTS, BadInput
-from companion.run import machine, new_folder
+from companion.executor import machine, new_folder
+from companion.parameters import BadInput
 from helpers import advice, problems
 
 # The phase behind a line of the summary, by its first word.
@@ -39,7 +38,7 @@ def advise(spec: str, *, minutes: float, batch_size: int, lr: float, optimizer: 
         problem = problems.find(spec)
         if ":" in optimizer:
             optimizer = problems.locate(optimizer)
-        folder = new_folder(out, OUTPUTS / "advice" / time.strftime("%Y-%m-%d_%H%M%S"))
+        folder = new_folder(out, "advice", spec.partition(":")[0])
         found = advice.advise(problem, optimizer=optimizer, batch_size=batch_size, lr=lr, minutes=minutes, say=say)
     except Exception as error:
         if folder is not None:
