@@ -52,9 +52,8 @@ class Book:
         facts = {"device": str(data.device), "dataset": data.name, "fingerprint": data.fingerprint}
         self._write("provenance", f"{self.name}.json").write_text(json.dumps(facts), encoding="utf-8")
         versions = " · ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchvision", "numpy"))
-        note = "" if data.name in ("mnist", "blobs") else " · NOT MNIST: verdicts on MNIST are inconclusive here"
         where = f"Python {platform.python_version()} · {versions} · {data.device} · profile {self.profile}"
-        return f"{where} · {data.description}{note}"
+        return f"{where} · {data.description}"
 
     def figure(self, figure: Axes | Figure, name: str, caption: str) -> None:
         """Save a figure as ``figures/<number>_<name>.png`` and ``.svg``, with its caption, and display it."""
@@ -67,7 +66,7 @@ class Book:
     def table(self, frame: pd.DataFrame, name: str) -> None:
         """Save a tidy table as ``tables/<number>_<name>.parquet``; values that Parquet has no type for become text."""
         plain = frame.reset_index(drop=True)
-        for column in plain.select_dtypes(object):
+        for column in (name for name in plain if plain[name].dtype == object):
             plain[column] = plain[column].map(str).where(plain[column].notna())
         plain.to_parquet(self._write("tables", f"{self._filed(name)}.parquet"), index=False)
 
