@@ -83,7 +83,9 @@ def run(profile, dataset, only, jobs, cluster, timeout, out, pairs) -> None:
 @click.option("--batch-size", type=int, default=64, show_default=True, help="The present batch size.")
 @click.option("--lr", type=float, default=3e-4, show_default=True, help="The present learning rate.")
 @click.option("--optimizer", default="adamw", show_default=True, help="sgd, adam, adamw, or module:factory.")
-@click.option("--out", type=FOLDER, help="A new folder for the page and its data.  [default: outputs/advice/<time>]")
+@click.option(
+    "--out", type=FOLDER, help="A new folder for the page and its data.  [default: outputs/advice/<time>-<module>]"
+)
 def advise(problem, minutes, batch_size, lr, optimizer, out) -> None:
     """Measure which batch size to train your own PROBLEM at, and write a page with the reasons."""
     from companion import advice
