@@ -14,7 +14,7 @@ run: .venv/.ready
 lint: .venv/.ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: lint
 	@$(PYTEST) -m "not slow and not browser and not soak" $(ARGS)

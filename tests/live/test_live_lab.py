@@ -315,6 +315,7 @@ def test_it_follows_the_theme_and_fits_a_narrow_window(lab):
     lab.page.set_viewport_size({"width": 1400, "height": 1000})
 
 
+@pytest.mark.soak
 def test_latency_and_draw_rate_are_printed(lab, capsys):
     """How fast it is, for the reader: no figure is asserted, machines differ."""
     lab.start_afresh()

@@ -129,12 +129,12 @@ def test_a_rerun_on_a_cluster_equals_the_serial_one(workers, scheduler, tmp_path
             return client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter)
 
     before = moves()
-    request = grid.Request("05", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2}, cluster=scheduler)
+    request = grid.Request("00", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2}, cluster=scheduler)
     assert grid.rerun(request, out=tmp_path / "far") == 0
     assert moves() > before  # it was the workers that trained
     monkeypatch.delenv("COMPANION_CLUSTER")
     monkeypatch.setenv("COMPANION_STORE", str(tmp_path / "another"))
-    near = grid.Request("05", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2})
+    near = grid.Request("00", [{"lr": [0.05, 0.1]}], "quick", given={"seeds": 1, "epochs": 2})
     assert grid.rerun(near, out=tmp_path / "near") == 0
     tables = [pd.read_parquet(tmp_path / name / "results.parquet").drop(columns="seconds") for name in ("far", "near")]
     pd.testing.assert_frame_equal(*tables)
