@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ipywidgets.widgets import interaction
 
 from companion import parameters
+from helpers import Lab
 
 PATHS = parameters.notebooks()
 NETS = ["small_mlp", "brownlee_mlp"]
@@ -99,6 +100,7 @@ def quiet(tmp_path, monkeypatch):
     plt.switch_backend("Agg")
     torch.set_num_threads(1)
     yield tmp_path / "out"
+    Lab.close_open()
     torch.set_num_threads(threads)
     plt.switch_backend(backend)
 
