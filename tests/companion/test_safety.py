@@ -336,6 +336,8 @@ def lab(tmp_path):
         process = subprocess.Popen(
             [*COMPANION, "lab", "--", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0"],
             stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path,
+            # As in a terminal: what a shell starts in the background ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 90
