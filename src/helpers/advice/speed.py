@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import optimize
 
 from helpers.advice.interval import Interval, number
 from helpers.advice.subject import Subject
+from helpers.measure import race
 
 _REPEATS = 5  # steps timed at a size, at least
 _ENOUGH = 0.3  # seconds of timed steps after which a size has been timed enough
@@ -71,12 +71,11 @@ def measure(subject: Subject, seconds: float, most: int) -> Speed:
     loading = {s: float(np.median(t[:, 0])) / max(1, subject.workers) for s, t in timed.items()}
     bound = next((s for s, t in timed.items() if loading[s] > np.median(t[:, 1])), None)
     seconds = {s: float(np.median(w)) for s, w in waited.items()}
-    (fixed, price), turning = _line(seconds), _turning(waited)
+    price, turning = _price(seconds), _turning(waited)
     if not turning.low and math.isinf(turning.high):
         raise ValueError("the timings scatter too much for a line through them: give it more time, on a quiet machine")
-    if turning.estimate < fixed / price:
-        price = fixed / turning.estimate
-    return Speed(seconds, fixed, price, turning, loading[size // 2] / (size // 2), bound)
+    an_example = price.fixed / turning.estimate if turning.estimate < price.in_examples else price.per_example
+    return Speed(seconds, price.fixed, an_example, turning, loading[size // 2] / (size // 2), bound)
 
 
 def _steps(subject: Subject, size: int) -> np.ndarray:
@@ -106,11 +105,8 @@ def _waited(timed: np.ndarray, workers: int) -> np.ndarray:
     return np.maximum(loading / workers, rest) if workers else loading + rest
 
 
-def _line(seconds: dict[int, float]) -> tuple[float, float]:
-    """Least squares in relative deviations, neither part below 0."""
-    sizes, taken = np.array([*seconds], dtype=float), np.array([*seconds.values()])
-    fixed, price = optimize.nnls(np.column_stack([1 / taken, sizes / taken]), np.ones(len(taken)))[0]
-    return float(fixed), float(max(price, 1e-12))
+def _price(seconds: dict[int, float]) -> race.StepPrice:
+    return race.price_of([*seconds], [*seconds.values()])
 
 
 def _turning(waited: dict[int, np.ndarray]) -> Interval:
@@ -119,10 +115,9 @@ def _turning(waited: dict[int, np.ndarray]) -> Interval:
     for _ in range(_DRAWS):
         chosen = rng.choice(sizes, len(sizes))
         if len(set(chosen)) > 1:
-            fixed, price = _line({int(s): float(np.median(rng.choice(waited[s], len(waited[s])))) for s in set(chosen)})
-            ratios.append(fixed / price)
-    fixed, price = _line({s: float(np.median(w)) for s, w in waited.items()})
+            medians = {int(s): np.median(rng.choice(waited[s], len(waited[s]))) for s in set(chosen)}
+            ratios.append(_price(medians).in_examples)
     most = _RESOLVED * sizes[-1]
     low, high = np.quantile(ratios, [0.025, 0.975])
-    best = float(np.clip(fixed / price, 0.1, most))
+    best = float(np.clip(_price({s: np.median(w) for s, w in waited.items()}).in_examples, 0.1, most))
     return Interval(min(float(low), best), best, max(float(high), best) if high < most else math.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -109,12 +109,16 @@ class StepPrice(NamedTuple):
 
 
 def step_price(best: pd.DataFrame) -> StepPrice:
-    """Least squares in relative deviations, neither part below 0; NaN without a run."""
-    if best.empty:
+    """The price of a step in runs at their best rates."""
+    return price_of(best.mean_batch, best.seconds / best.steps)
+
+
+def price_of(batch_sizes: Sequence[float], seconds: Sequence[float]) -> StepPrice:
+    """Least squares in relative deviations of a step's seconds, neither part below 0; NaN without a step."""
+    sizes, taken = np.asarray(batch_sizes, dtype=float), np.asarray(seconds, dtype=float)
+    if not len(taken):
         return StepPrice(math.nan, math.nan)
-    seconds = best.seconds / best.steps
-    design = np.column_stack([1 / seconds, best.mean_batch / seconds])
-    return StepPrice(*(float(part) for part in optimize.nnls(design, np.ones(len(seconds)))[0]))
+    return StepPrice(*optimize.nnls(np.column_stack([1 / taken, sizes / taken]), np.ones(len(taken)))[0].tolist())
 
 
 def noise_scale_before(measured: pd.DataFrame, goal: float, column: str = "test_accuracy") -> pd.Series:
