@@ -1,7 +1,8 @@
-"""Optimizers of a stack: SGD and Adam on all replicas at once, any other of torch's with one instance a replica."""
+"""Optimizers of a stack: SGD and Adam, all replicas in one update; any other of torch's with one instance a replica."""
 
 from __future__ import annotations
 
+import abc
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -106,19 +107,20 @@ class Descent:
         self._velocity = {name.removesuffix("/velocity"): value for name, value in state.items()}
 
 
-class _OfLeaves:
+class _OfLeaves(abc.ABC):
     """torch's own update of the leaves of every replica: those of one rate in one call."""
 
     def __init__(self, replicas: int, **options: object):
         self.options = {"maximize": False, **options}
         self._state: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in range(replicas)]  # name → key → tensor
 
+    @abc.abstractmethod
     def _start(self, leaf: torch.Tensor) -> dict[str, torch.Tensor]:
         """A leaf's state before its first step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _update(self, leaves: list[torch.Tensor], gradients: list[torch.Tensor], states: list[dict], lr: float) -> None:
-        raise NotImplementedError
+        """Move leaves of one rate, and their states, by a step."""
 
     @torch.no_grad()
     def step(self, stack: Stack, lr: Rate, gradients: Mapping[str, torch.Tensor] | None = None) -> None:
