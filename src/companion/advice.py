@@ -37,7 +37,7 @@ def advise(spec: str, *, minutes: float, batch_size: int, lr: float, optimizer: 
     try:
         problem = problems.find(spec)
         if ":" in optimizer:
-            optimizer = problems.locate(optimizer)
+            optimizer = problems.locate(optimizer, "optimizer")
         folder = new_folder(out, "advice", spec.partition(":")[0])
         found = advice.advise(problem, optimizer=optimizer, batch_size=batch_size, lr=lr, minutes=minutes, say=say)
     except Exception as error:

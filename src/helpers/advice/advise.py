@@ -94,7 +94,7 @@ class Advice:
     def _relative(self, batch_size: int) -> str:
         speed_, c = self.phases["speed"], self.answer.critical.estimate
         least = max(self.answer.low, min(self.answer.best.estimate, self.answer.high))
-        own, best = (answer._times(np.array(float(b)), speed_.turning.estimate, c) for b in (batch_size, least))
+        own, best = (answer.relative_time(np.array(float(b)), speed_.turning.estimate, c) for b in (batch_size, least))
         return f"takes {100 * max(own / best - 1, 0):.0f} % more time than the best"
 
     def _ramp(self) -> str:

@@ -108,7 +108,7 @@ def within(turning: float, critical: float, cap: float) -> tuple[float, float, f
     """
     best = math.sqrt(turning * critical)
     sizes = np.geomspace(min(1.0, best / 1e3), max(1e4, best * 1e3), 20_000)
-    free = _times(sizes, turning, critical)
+    free = relative_time(sizes, turning, critical)
     sizes, times = sizes[sizes <= cap], free[sizes <= cap]
     inside = sizes[times <= (1 + SLACK) * times.min()]
     return max(1.0, inside[0]), max(1.0, sizes[times.argmin()]), max(1.0, inside[-1]), bool(inside[-1] == sizes[-1])
@@ -142,7 +142,7 @@ def _warm_up(subject: Subject, batch_size: int) -> str:
     return f"{max(1, round(steps)):,} steps, 2/(1 − β₂) (custom, not measured)"
 
 
-def _times(batch_size: np.ndarray, turning: float, critical: float) -> np.ndarray:
+def relative_time(batch_size: np.ndarray, turning: float, critical: float) -> np.ndarray:
     """Seconds to the same loss, relative to the least: (1 + B_c/B)(B_t + B)/(√B_t + √B_c)²."""
     return (1 + critical / batch_size) * (turning + batch_size) / (math.sqrt(turning) + math.sqrt(critical)) ** 2
 
@@ -154,7 +154,7 @@ def _table(subject: Subject, speed: Speed, critical: Interval, memory: object, h
     turning, c = speed.turning.estimate, critical.estimate
     ends = [[max(end, 1e-2) if end < math.inf else 1e2 * one.estimate for end in (one.low, one.high)]
             for one in (speed.turning, critical)]  # fmt: skip
-    corners = np.array([_times(sizes, t, k) for t in (turning, *ends[0]) for k in (c, *ends[1])])
+    corners = np.array([relative_time(sizes, t, k) for t in (turning, *ends[0]) for k in (c, *ends[1])])
     fits = ["unknown"] * len(sizes)
     if isinstance(memory, Memory):
         fits = ["proven" if b <= memory.proven else "predicted" if b <= memory.fits else "no" for b in sizes]
@@ -164,7 +164,7 @@ def _table(subject: Subject, speed: Speed, critical: Interval, memory: object, h
         "step_seconds": [speed.step(b, micro and min(b, micro)) for b in sizes],
         "steps": 1 + c / sizes, "steps_low": 1 + ends[1][0] / sizes, "steps_high": 1 + ends[1][1] / sizes,
         "examples": 1 + sizes / c, "examples_low": 1 + sizes / ends[1][1], "examples_high": 1 + sizes / ends[1][0],
-        "seconds": _times(sizes, turning, c), "seconds_low": corners.min(0), "seconds_high": corners.max(0),
+        "seconds": relative_time(sizes, turning, c), "seconds_low": corners.min(0), "seconds_high": corners.max(0),
     })  # fmt: skip
 
 

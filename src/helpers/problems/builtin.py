@@ -149,17 +149,20 @@ def find(spec: str) -> Problem:
     return problem
 
 
-def locate(spec: str) -> object:
-    """The object of ``"my_module:name"``, whose module is looked for in the working directory too."""
+def locate(spec: str, what: str = "problem") -> object:
+    """The object of ``"my_module:name"``, whose module is looked for in the working directory too.
+
+    what: names it in the error, a ValueError.
+    """
     module, colon, name = spec.partition(":")
     if not colon:
-        raise ValueError(f"problem is {spec!r}; expected module:name, such as my_module:problem")
+        raise ValueError(f"{what} is {spec!r}; expected module:name, such as my_module:{what}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"problem {spec!r} cannot be found: {error}") from None
+        raise ValueError(f"{what} {spec!r} cannot be found: {error}") from None
 
 
 def data_root(root: str | Path | None = None) -> Path:
