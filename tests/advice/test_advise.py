@@ -28,16 +28,7 @@ X, Y = torch.randn(200, 1, 8, 8, generator=GENERATOR), torch.randint(5, (200,), 
 TOKENS = torch.randint(11, (200, 7), generator=GENERATOR)
 
 
-@pytest.fixture(autouse=True)
-def steady(monkeypatch):
-    """Steps of a known price, whatever else the machine does: 1 ms and 20 µs an example, but for a few per cent."""
-    rng = np.random.default_rng(0)
-
-    def steps(subject, size):
-        seconds = (1e-3 + 2e-5 * size) * np.exp(0.02 * rng.normal(size=7))
-        return np.stack([0 * seconds, seconds], axis=1)
-
-    monkeypatch.setattr(speed, "_steps", steps)
+pytestmark = pytest.mark.usefixtures("steady")
 
 
 def plain():

@@ -3,12 +3,10 @@
 import json
 import re
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from companion import cli
-from helpers.advice import speed
 
 MODULE = """
 import torch
@@ -30,16 +28,7 @@ broken = Problem(data, Net(lambda: Broken(20, 2)))
 """
 
 
-@pytest.fixture(autouse=True)
-def steady(monkeypatch):
-    """Steps of a known price, whatever else the machine does: 1 ms and 20 µs an example, but for a few per cent."""
-    rng = np.random.default_rng(0)
-
-    def steps(subject, size):
-        seconds = (1e-3 + 2e-5 * size) * np.exp(0.02 * rng.normal(size=7))
-        return np.stack([0 * seconds, seconds], axis=1)
-
-    monkeypatch.setattr(speed, "_steps", steps)
+pytestmark = pytest.mark.usefixtures("steady")
 
 
 @pytest.fixture
