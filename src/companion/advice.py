@@ -15,16 +15,6 @@ from companion.executor import machine, new_folder
 from companion.parameters import BadInput
 from helpers import advice, problems
 
-# The phase behind a line of the summary, by its first word.
-_LEADS = {
-    "What": "speed",
-    "Learning": "rate",
-    "The": "contract",
-    "Memory:": "memory",
-    "Speed:": "speed",
-    "Noise:": "noise",
-}
-
 
 def advise(spec: str, *, minutes: float, batch_size: int, lr: float, optimizer: str, out: Path | None,
            say: Callable[[str], object]) -> int:  # fmt: skip
@@ -70,9 +60,7 @@ def write(found: advice.Advice, folder: Path, spec: str) -> Path:
                               ensure_ascii=False)}
         for name, one in data["phases"].items()
     ]  # fmt: skip
-    known = {m["id"] for m in measured}
-    leads = {**_LEADS, "Critical": (data["answer"] or {}).get("critical_from", "").replace(" ", "-")}
-    lines = [(line, {leads.get(line.split()[0])} & known) for line in data["summary"]]
+    lines = [(line, phase.replace(" ", "-") if phase in data["phases"] else "") for line, phase in found.lines()]
     page = pages.render("advice.html.j2", spec=spec, advice=data, lines=lines, measured=measured, machine=machine(),
                         figure=_figure(found), number=advice.number)  # fmt: skip
     return pages.write(folder / "index.html", page)

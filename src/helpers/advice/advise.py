@@ -65,10 +65,14 @@ class Advice:
         return "; ".join(f"{name}: {reason}" for name, reason in self.missing.items()) or "the phases were interrupted"
 
     def summary(self) -> list[str]:
-        """The advice in ten lines or fewer; each names the phase behind it, where it is one."""
+        """The advice in ten lines or fewer."""
+        return [line for line, _ in self.lines()]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Each line of the summary, and the name of the phase behind it, "" where there is none."""
         a = self.answer
         if a is None:
-            return [f"No advice: {self._why()}.", *self._found(*self.phases)]
+            return [(f"No advice: {self._why()}.", ""), *self._found(*self.phases)]
         present = self.about["batch_size"]
         decay = "".join(f"; {name} {value:.4g}" for name, value in a.decay_rates.items())
         rule = "" if a.lr.low < a.lr.high else f", by the {self.about['rule']} rule from the present one"
@@ -76,20 +80,20 @@ class Advice:
         if source == "noise":
             source = f"the noise scale, which stands in for branches (within ×{answer.STAND_IN:g})"
         return [
-            f"Batch size {a.batch_size:,}: from {a.low:,} to {a.high:,} the time is within 10 % of the least.",
-            f"What binds the range: {a.binding}. Without a cap B* = √(B_t · B_c) = {a.best}.",
-            f"Learning rate {a.lr}{rule}{decay}; warm-up over {a.warm_up}.",
-            f"The present batch of {present:,}, as micro-batches {a.micro_batch_size:,} × {a.accumulation}, "
-            f"{self._relative(present)}; {self.phases['contract'].sentence}.",
-            f"Critical batch {a.critical}, from {source}{self._ramp()}.",
+            (f"Batch size {a.batch_size:,}: from {a.low:,} to {a.high:,} the time is within 10 % of the least.", ""),
+            (f"What binds the range: {a.binding}. Without a cap B* = √(B_t · B_c) = {a.best}.", "speed"),
+            (f"Learning rate {a.lr}{rule}{decay}; warm-up over {a.warm_up}.", "rate"),
+            (f"The present batch of {present:,}, as micro-batches {a.micro_batch_size:,} × {a.accumulation}, "
+             f"{self._relative(present)}; {self.phases['contract'].sentence}.", "contract"),
+            (f"Critical batch {a.critical}, from {source}{self._ramp()}.", a.critical_from),
             *self._found("memory", "speed", "noise"),
-            f"If examples (money) count and not seconds: a batch of at most {number(max(a.examples_count, 1))} wastes "
-            "10 % of them.",
-            f"Not measured: {'; '.join([*(f'{n} ({r})' for n, r in self.missing.items()), *_ALWAYS_OPEN])}.",
-        ]
+            (f"If examples (money) count and not seconds: a batch of at most {number(max(a.examples_count, 1))} wastes "
+             "10 % of them.", ""),
+            (f"Not measured: {'; '.join([*(f'{n} ({r})' for n, r in self.missing.items()), *_ALWAYS_OPEN])}.", ""),
+        ]  # fmt: skip
 
-    def _found(self, *names: str) -> list[str]:
-        return [f"{n.capitalize()}: {self.phases[n].sentence}." for n in names if n in self.phases]
+    def _found(self, *names: str) -> list[tuple[str, str]]:
+        return [(f"{n.capitalize()}: {self.phases[n].sentence}.", n) for n in names if n in self.phases]
 
     def _relative(self, batch_size: int) -> str:
         speed_, c = self.phases["speed"], self.answer.critical.estimate
