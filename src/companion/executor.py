@@ -121,8 +121,6 @@ def execute(
     waiting = sorted((item for item in items if item.status != "ok"), key=lambda item: -item.minutes)
     jobs = int(environment.get("COMPANION_JOBS", joblib.cpu_count() if pick_device().type == "cpu" else 1))
     side_by_side = max(1, min(len(waiting), jobs))
-    share = out / ".jobs"  # kernels read it before each sweep, for what others leave free
-    environment = {**environment, "COMPANION_JOBS": str(share), "OMP_NUM_THREADS": str(jobs // side_by_side)}
     say(f"{len(items)} to execute, {side_by_side} side by side, into {out}")
     if note:
         say(f"\n{LOUD}\n{note}\n{LOUD}\n")
@@ -133,10 +131,14 @@ def execute(
     processes.interrupted.clear()
     try:
         with (
+            tempfile.TemporaryDirectory(prefix="companion-") as temporary,
             live if console.is_terminal and not alone else contextlib.nullcontext(),
             concurrent.futures.ThreadPoolExecutor(side_by_side) as pool,
         ):
-            pages.write(share, str(jobs // side_by_side))
+            # Kernels read it before each sweep, for what others leave free.
+            share = pages.write(Path(temporary) / "jobs", str(jobs // side_by_side))
+            own = {"COMPANION_JOBS": str(share), "OMP_NUM_THREADS": str(jobs // side_by_side)}
+            environment = {**environment, **own}
             calls = [pool.submit(_one, item, environment, timeout, alone, record, say) for item in waiting]
             try:
                 for left, call in zip(itertools.count(len(calls) - 1, -1), concurrent.futures.as_completed(calls)):
