@@ -31,9 +31,10 @@ LOOPED_BELOW, LOOPED_ACTIVATIONS = 200_000, 400_000
 # from 16): so few are added one by one (0.08 ms each), and from here on, filled up with zeros to 16.
 _ONE_BY_ONE, _FILLED_TO = 4, 16
 # PyTorch's own float32 products on a CPU are MKL's, which keeps AVX-512 for its vendor's CPUs. With AVX-512, oneDNN's,
-# which torch brings too, take half the time on others (AMD EPYC of Zen 4, 1024 × 1024 weights, 64 and 1,024 examples),
-# once there are so many rows, columns and terms to a sum; without it, up to a tenth more (Zen 3). So a result's last
-# bits belong to one kind of CPU, and so does a store. The operator is the one that torch.compile calls.
+# which torch brings too, are faster on others, by an eighth on an AMD EPYC of Zen 4 (1024 × 1024 weights, 64 and 1,024
+# examples, one thread), once there are so many rows, columns and terms to a sum; without it they are slower (Zen 3).
+# So a result's last bits belong to one kind of CPU, and so does a store. The operator is the one that torch.compile
+# calls.
 _ONEDNN_ROWS, _ONEDNN_COLUMNS, _ONEDNN_TERMS = 3, 256, 32
 
 # The C library (glibc) gives blocks as large as a large batch's activations back when they are freed, and the next step
