@@ -441,3 +441,21 @@ def test_a_loader_that_takes_longer_than_the_step_is_said(monkeypatch):
     monkeypatch.setattr(speed, "_steps", steps)
     found = speed.measure(make_subject(problem(), "sgd", 16, 0.1, None), 5.0, 180)
     assert found.loader_from == 32 and "the loader is the limit from 32 on" in found.sentence
+
+
+def test_the_present_batch_is_compared_over_the_interval_of_the_critical_one():
+    x, y = X.repeat(40, 1, 1, 1), Y.repeat(40)
+    advice = advise(Problem(Dataset.of(x, y, X, Y, device="cpu"), Net(plain)), optimizer="sgd", batch_size=8, **QUICK)
+    assert advice.answer.low <= advice.answer.batch_size <= advice.answer.high <= advice.answer.cap
+    turning, critical, cap = advice.phases["speed"].turning.estimate, advice.answer.critical, advice.answer.cap
+    more = []
+    for c in (critical.low, critical.estimate, critical.high):
+        own, *others = ((1 + c / b) * (turning + b) for b in (8.0, *np.linspace(0.01, cap, 100_000)))
+        more.append(100 * max(own / min(others) - 1, 0))
+    assert max(more) > min(more) + 1
+    assert f"takes {min(more):.0f} to {max(more):.0f} % more time than the best" in "\n".join(advice.summary())
+
+
+def test_a_cap_is_reached_and_the_size_to_take_lies_in_the_range():
+    assert answer.within(turning=100.0, critical=400.0, cap=10.0)[2:] == (10.0, True)
+    assert answer._round(9.7, 9, 9) == 9 and answer._round(9.7, 5, 9) == 8

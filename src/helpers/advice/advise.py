@@ -96,10 +96,17 @@ class Advice:
         return [(f"{n.capitalize()}: {self.phases[n].sentence}.", n) for n in names if n in self.phases]
 
     def _relative(self, batch_size: int) -> str:
-        speed_, c = self.phases["speed"], self.answer.critical.estimate
-        least = max(self.answer.low, min(self.answer.best.estimate, self.answer.high))
-        own, best = (answer.relative_time(np.array(float(b)), speed_.turning.estimate, c) for b in (batch_size, least))
-        return f"takes {100 * max(own / best - 1, 0):.0f} % more time than the best"
+        """How much more time a size takes than the best that the caps allow, over the critical batch's interval."""
+        turning, c = self.phases["speed"].turning.estimate, self.answer.critical
+
+        def more(critical: float) -> float:
+            best = min(math.sqrt(turning * critical), self.answer.cap)
+            own, least = (answer.relative_time(np.array(b), turning, critical) for b in (float(batch_size), best))
+            return 100 * max(float(own / least) - 1, 0)
+
+        found = sorted(f"{more(end):.0f}" for end in {c.low, c.estimate, c.high} if 0 < end < math.inf)
+        ends = sorted({min(found, key=float), max(found, key=float)}, key=float)
+        return f"takes {' to '.join(ends)} % more time than the best"
 
     def _ramp(self) -> str:
         if self.growth is None or self.growth <= 4:

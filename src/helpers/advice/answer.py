@@ -30,7 +30,8 @@ class Answer:
     """The recommendation.
 
     critical: B_c, read off the phase ``critical_from``. best: B*, by the turning point and B_c alone.
-    low, high: the sizes within 10 % of the least time that ``binding`` allows. batch_size: the one to take. lr: for it.
+    low, high: the sizes within 10 % of the least time that ``binding`` allows. cap: the largest size that memory, the
+    data and the loader allow. batch_size: the one to take. lr: for it.
     decay_rates: momentum and β for it, with half-lives kept in examples. micro_batch_size × accumulation: how to take
     the present batch size. examples_count: the largest batch that wastes at most 10 % of the examples.
     table: by batch size. devices: by number of devices.
@@ -41,6 +42,7 @@ class Answer:
     best: Interval
     low: int
     high: int
+    cap: float
     binding: str
     batch_size: int
     lr: Interval
@@ -67,7 +69,8 @@ def combine(subject: Subject, found: dict[str, object]) -> Answer | None:
     if speed.loader_from is not None:
         caps["the loader"] = speed.loader_from
     name = min(caps, key=caps.get)
-    low, least, high, bound = within(speed.turning.estimate, critical.estimate, max(caps[name], 1))
+    cap = max(caps[name], 1)
+    low, least, high, bound = within(speed.turning.estimate, critical.estimate, cap)
     binding = name if bound else "the critical batch and the fixed part of a step"
     low, high = min(math.ceil(low), math.floor(high)), math.floor(high)
     chosen = _round(least, low, high)
@@ -77,7 +80,7 @@ def combine(subject: Subject, found: dict[str, object]) -> Answer | None:
     if isinstance(contract, Contract) and contract.accumulation == IMPOSSIBLE:
         micro = subject.batch_size
     return Answer(
-        critical, source, best, low, high, binding, chosen, _rate(subject, rate, branches, chosen),
+        critical, source, best, low, high, float(cap), binding, chosen, _rate(subject, rate, branches, chosen),
         {name: value ** (chosen / subject.batch_size) for name, value in subject.decay_rates.items()},
         _warm_up(subject, chosen), micro, math.ceil(subject.batch_size / micro), critical.estimate / 10,
         _table(subject, speed, critical, memory, high), _devices(subject, speed, critical),
@@ -108,16 +111,16 @@ def within(turning: float, critical: float, cap: float) -> tuple[float, float, f
     """
     best = math.sqrt(turning * critical)
     sizes = np.geomspace(min(1.0, best / 1e3), max(1e4, best * 1e3), 20_000)
-    free = relative_time(sizes, turning, critical)
-    sizes, times = sizes[sizes <= cap], free[sizes <= cap]
+    sizes = np.append(sizes[sizes < cap], min(cap, sizes[-1]))
+    times = relative_time(sizes, turning, critical)
     inside = sizes[times <= (1 + SLACK) * times.min()]
     return max(1.0, inside[0]), max(1.0, sizes[times.argmin()]), max(1.0, inside[-1]), bool(inside[-1] == sizes[-1])
 
 
 def _round(value: float, low: int, high: int) -> int:
-    """The power of two nearest to ``value`` in the range, else the value itself."""
+    """The power of two nearest to ``value`` in the range; without one, the whole number nearest to it."""
     near = [2**power for power in range(31) if low <= 2**power <= high]
-    return min(near, key=lambda size: abs(math.log(size / value))) if near else round(value)
+    return min(near, key=lambda size: abs(math.log(size / value))) if near else min(max(round(value), low), high)
 
 
 def _rate(subject: Subject, rate: object, branches: dict[str, Branches], batch_size: int) -> Interval:
